@@ -1,0 +1,3187 @@
+#!/usr/bin/env python3
+"""sgsync: keep a student information system in step with SameGoal, every night, unattended.
+
+    SameGoal --SFTP--> ia/*.csv --+
+                                  +--> diff/*.csv --> procedures --> statements --SFTP--> SameGoal
+    database --ODBC--> ic/*.csv --+
+
+`sgsync.py sync` downloads the newest complete extract of SameGoal, exports the same tables from
+the database, compares the sorted files, calls a stored procedure for each row that differs, runs
+the final SQL statements and pushes the run's folder back.  `sgsync.py diff` compares two files.
+
+Everything that a run sees, decides and does is kept in `history/<epoch>/`.  Nothing is written to
+the database before both sides are complete, checked and compared.
+
+Exit codes: 0 success, 1 unexpected error, 2 configuration or usage, 3 SFTP transfer, 4 database,
+5 data, 6 held by a limit, 7 another run is active, 8 finished but some rows failed,
+130 interrupted.
+
+The file reads in the order in which data flows, callees above callers; each section opens with a
+banner that names its entry point.  Start reading at `run_sync`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import datetime
+import decimal
+import functools
+import heapq
+import io
+import itertools
+import json
+import logging
+import operator
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO, TypeVar, cast
+
+if TYPE_CHECKING:  # Drivers are imported where they are first needed: `--help` must not load them.
+    import paramiko
+    import pyodbc
+    import rich.progress
+    import tenacity
+    from lxml import etree
+
+__version__ = "1.0.0"
+
+EPOCH = re.compile(r"\d{8}-\d{6}")  # SameGoal's own example is no valid time: never parse it.
+COMPLETE = "COMPLETE"
+HELD = "HELD"
+LOG_NAME = "sgi_log.txt"
+SUMMARY_NAME = "summary.json"
+FAILURES_NAME = "failures.csv"
+PART = ".part"  # A file under this suffix is not finished, whatever it holds.
+
+BLOCK_BYTES = 1 << 18  # Read at a time; measured: larger blocks fall out of the processor's cache.
+RECORD_BYTES = 1 << 24  # One CSV record may not be longer: memory stays bounded on any input.
+SORT_BYTES = 1 << 23  # Sorted in memory at a time by sort="true".
+FETCH_ROWS = 1000
+LISTING_ENTRIES = 10_000  # A directory with more is a broken or hostile server.
+CONNECT_SECONDS = 30.0
+RETRY_ATTEMPTS = 4
+RETRY_SECONDS = 2.0  # The first pause; each further one is twice as long.
+
+log = logging.getLogger("sgsync")
+
+Row = tuple[str, ...]
+Tick = Callable[[int], None]  # Tells the display how much more is done.
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------- errors: class Error
+
+
+class Error(Exception):
+    """A failure that a person can act on.
+
+    `message` says what failed, where and why; `remedy` follows `Try:`.  A `transient` failure may
+    pass by itself, so the same work is tried again.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "", *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.message, self.remedy, self.transient = message, remedy, transient
+
+    def __str__(self) -> str:
+        return f"{self.message}\nTry: {self.remedy}" if self.remedy else self.message
+
+
+class ConfigError(Error):
+    """config.xml, a file it names, or the command line is wrong."""
+
+    exit_code = 2
+
+
+class TransferError(Error):
+    """The SFTP server could not be reached, trusted or understood, or a file did not arrive."""
+
+    exit_code = 3
+
+
+class DatabaseError(Error):
+    """The database refused a connection, a query, a call or a statement."""
+
+    exit_code = 4
+
+    def __init__(
+        self, message: str, remedy: str = "", *, sqlstate: str = "", transient: bool = False
+    ) -> None:
+        super().__init__(message, remedy, transient=transient)
+        self.sqlstate = sqlstate
+
+
+class DataError(Error):
+    """A CSV file cannot be compared: malformed, unsorted, duplicate keys, wrong columns."""
+
+    exit_code = 5
+
+
+class HeldError(Error):
+    """A limit would be exceeded; nothing was written."""
+
+    exit_code = 6
+
+
+class BusyError(Error):
+    """Another run is active in the same home."""
+
+    exit_code = 7
+
+
+class CancelledError(Error):
+    """The work that this belonged to has failed elsewhere; never shown."""
+
+
+ROWS_FAILED = 8
+INTERRUPTED = 130
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_CONTROL |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+def one_line(text: object) -> str:
+    """Text from outside (a server, a driver, a file) as one printable line.
+
+    Control characters are shown, not obeyed, so that no value can forge a line of the log or
+    steer a terminal.
+    """
+    return " ".join(str(text).replace("\r", "\n").split("\n")).translate(_CONTROL).strip()
+
+
+def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` (itertools.batched is not in Python 3.10)."""
+    iterator = iter(rows)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `12,345 rows`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def retried(work: Callable[[], T], cancelled: threading.Event | None = None) -> T:
+    """Do `work`; after a transient `Error` do it again, `RETRY_ATTEMPTS` times in all."""
+    import tenacity
+
+    def announce(state: tenacity.RetryCallState) -> None:
+        pause = state.next_action.sleep if state.next_action else 0
+        error = state.outcome.exception() if state.outcome else None
+        log.warning("%s; trying again in %.0f s", getattr(error, "message", error), pause)
+
+    def attempt() -> T:
+        if cancelled and cancelled.is_set():
+            raise CancelledError("cancelled")
+        return work()
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, Error) and e.transient),
+        stop=tenacity.stop_after_attempt(RETRY_ATTEMPTS),
+        wait=tenacity.wait_exponential(RETRY_SECONDS, max=60),
+        sleep=tenacity.sleep_using_event(cancelled) if cancelled else time.sleep,
+        before_sleep=announce,
+        reraise=True,
+    )(attempt)
+
+
+# ---------------------------------------------------------------------- configuration: load_config
+
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """`N` rows, or `N%` of the database's rows."""
+
+    number: float
+    percent: bool
+
+    def allows(self, changes: int, database_rows: int) -> bool:
+        return changes <= (self.number * database_rows / 100 if self.percent else self.number)
+
+    def __str__(self) -> str:
+        return f"{self.number:g}{'%' if self.percent else ''}"
+
+
+# Parsers of attribute values.  Each raises ValueError with the reason in words.
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty")
+    return value
+
+
+def _optional_text(value: str) -> str:
+    return value
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"\d{1,10}", value, re.ASCII) or not low <= int(value) <= high:
+            raise ValueError(f"is not a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _boolean(value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ValueError("is neither true nor false")
+    return value == "true"
+
+
+def _limit(value: str) -> Limit:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(%?)", value, re.ASCII)
+    if not match or (not match[2] and "." in match[1]) or (match[2] and float(match[1]) > 100):
+        raise ValueError("is neither a number of rows (25) nor a percentage from 0% to 100%")
+    return Limit(float(match[1]), bool(match[2]))
+
+
+def _remote_directory(value: str) -> str:
+    if not value.startswith("/") or ".." in value.split("/"):
+        raise ValueError("is not an absolute path on the server, such as /upload")
+    return value.rstrip("/") or "/"
+
+
+def _csv_name(value: str) -> str:
+    problem = unsafe_name(value)
+    if problem or not value.lower().endswith(".csv"):
+        raise ValueError(f"is not a plain file name that ends in .csv ({problem or 'no .csv'})")
+    return value
+
+
+def _names(value: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise ValueError("has an empty name between its commas")
+    return names
+
+
+def _key(value: str) -> tuple[str, ...]:
+    names = [name.removesuffix(":int") for name in _names(value)]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"names the column '{repeated}' twice")
+    return _names(value)
+
+
+def _date_format(value: str) -> str:
+    if not re.search(r"%[dj]", value):
+        raise ValueError("is not a date form such as %m/%d/%Y")
+    return value
+
+
+def _procedure(value: str) -> str:
+    part = r'(?:[A-Za-z_][\w$#@]*|\[[^\[\]]+\]|"[^"]+")'
+    if not re.fullmatch(rf"{part}(?:\.{part}){{0,3}}", value):
+        raise ValueError("is not the name of a procedure, such as dbo.sg_iep_upsert")
+    return value
+
+
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
+
+
+def unsafe_name(name: str) -> str:
+    """Why `name` cannot be the name of a file on Windows and Linux alike, or ''.
+
+    Source: Microsoft, "Naming Files, Paths, and Namespaces".
+    """
+    if not name or len(name.encode("utf-8", "replace")) > 200:
+        return "empty or longer than 200 bytes"
+    if name in (".", "..") or re.search(r'[/\\:*?"<>|]', name):
+        return 'contains a path or one of \\ / : * ? " < > |'
+    if not name.isprintable():
+        return "contains a character that cannot be printed"
+    if name != name.strip() or name.endswith("."):
+        return "begins with a blank or ends with a blank or a dot"
+    if _RESERVED.fullmatch(name):
+        return "is the name of a device on Windows"
+    return ""
+
+
+def attribute(parse: Callable[[str], object], default: object = REQUIRED, **options: Any) -> Any:
+    """A dataclass field that `_ConfigReader` fills from the attribute of the same name.
+
+    `default` is written as in config.xml, or None where absence has a meaning of its own.
+    """
+    return dataclasses.field(metadata={"parse": parse, "default": default}, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftpSettings:
+    """<SFTP>; paths are relative to the home folder."""
+
+    host: str = attribute(_text)
+    port: int = attribute(_integer(1, 65535), "22")
+    username: str = attribute(_text)
+    private_key: str = attribute(_text, "ssh/id_rsa")
+    passphrase: str = attribute(_optional_text, "", repr=False)
+    known_hosts: str = attribute(_text, "ssh/known_hosts")
+    download_directory: str = attribute(_remote_directory, "/download")
+    upload_directory: str = attribute(_remote_directory, "/upload")
+    require_complete: bool = attribute(_boolean, "true")
+    max_age_hours: int = attribute(_integer(0, 100_000), "36")
+    timeout_seconds: int = attribute(_integer(1, 3600), "60")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatabaseSettings:
+    """<Database>."""
+
+    connection_string: str = attribute(_text, repr=False)
+    batch_size: int = attribute(_integer(1, 10_000), "500")
+    query_timeout_seconds: int = attribute(_integer(1, 86_400), "3600")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """<Limits>."""
+
+    max_deletes: Limit = attribute(_limit, "10%")
+    max_updates: Limit = attribute(_limit, "50%")
+    max_failures: int = attribute(_integer(0, 1_000_000), "25")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """<History>."""
+
+    keep_runs: int = attribute(_integer(1, 100_000), "365")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """<Insert>, <Update> or <Delete>: a procedure, or one SQL statement with `?` marks."""
+
+    procedure: str | None = attribute(_procedure, None)
+    parameters: tuple[str, ...] | None = attribute(_names, None)
+    statement: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SqlDiff:
+    """<SQLDiff>: one file of SameGoal and the query that gives the same rows."""
+
+    file: str = attribute(_csv_name)
+    key: tuple[str, ...] | None = attribute(_key, None)
+    sort: bool = attribute(_boolean, "false")
+    trim: bool = attribute(_boolean, "false")
+    null_text: str | None = attribute(_text, None)
+    date_format: str | None = attribute(_date_format, None)
+    max_deletes: Limit | None = attribute(_limit, None)
+    max_updates: Limit | None = attribute(_limit, None)
+    query: str = ""
+    calls: dict[str, Call] = dataclasses.field(default_factory=dict)  # operation -> Call
+    line: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statement:
+    """<SQL> in <Upload>: run for its effect, or for the rows of `file`."""
+
+    file: str | None = attribute(_csv_name, None)
+    sql: str = ""
+    line: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """config.xml, checked whole.  Elements that the command does not use may be missing."""
+
+    path: Path
+    sftp: SftpSettings
+    database: DatabaseSettings
+    limits: Limits
+    history: History
+    sql_diffs: tuple[SqlDiff, ...]
+    statements: tuple[Statement, ...]
+    secrets: frozenset[str] = dataclasses.field(repr=False)
+
+
+# element -> (its dataclass, elements that may stand in it)
+ELEMENTS: dict[str, tuple[type | None, tuple[str, ...]]] = {
+    "Config": (None, ("SFTP", "Database", "Limits", "History", "Download", "Upload")),
+    "SFTP": (SftpSettings, ()),
+    "Database": (DatabaseSettings, ()),
+    "Limits": (Limits, ()),
+    "History": (History, ()),
+    "Download": (None, ("SQLDiff",)),
+    "SQLDiff": (SqlDiff, ("Query", "Insert", "Update", "Delete")),
+    "Query": (None, ()),
+    "Insert": (Call, ()),
+    "Update": (Call, ()),
+    "Delete": (Call, ()),
+    "Upload": (None, ("SQL",)),
+    "SQL": (Statement, ()),
+}
+REPEATABLE = {"SQLDiff", "SQL"}
+TEXT_ELEMENTS = {"Query", "Insert", "Update", "Delete", "SQL"}
+USED_BY = {"sync": {"SFTP", "Database", "Limits", "History", "Download", "Upload"}}
+
+_PLACEHOLDER = re.compile(r"\$\{([^}:]*):([^}]*)\}")
+_PASSWORD = re.compile(r"(?i)(?:^|;)\s*(?:pwd|password)\s*=\s*(\{(?:[^}]|\}\})*\}|[^;]*)")
+_SQL_TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|(\?)", re.S)
+
+
+def attributes_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The attributes of an element as config.xml spells them."""
+    return {
+        re.sub(r"_(.)", lambda match: match[1].upper(), field.name): field
+        for field in dataclasses.fields(cls)
+        if "parse" in field.metadata
+    }
+
+
+def load_config(path: Path, command: str) -> Config:
+    """Read and check config.xml for `command` (`sync`).
+
+    Raises ConfigError with every error of the file at once, each with file, line, element,
+    reason and remedy.
+    """
+    return _ConfigReader(path, command).read()
+
+
+class _ConfigReader:
+    """One reading of config.xml; collects the errors instead of stopping at the first."""
+
+    def __init__(self, path: Path, command: str) -> None:
+        self.path, self.command = path, command
+        self.lines: list[str] = []
+        self.errors: list[tuple[int, str]] = []
+        self.secrets: set[str] = set()
+        self.used = True  # Whether the element being read matters to the command.
+
+    def read(self) -> Config:
+        root = self._parse()
+        sections: dict[str, Any] = {}
+        for element in self._children(root):
+            self.used = element.tag in USED_BY[self.command]
+            sections[element.tag] = self._read_section(element)
+        self.used = True
+        for tag in ("SFTP", "Database", "Download"):
+            if tag not in sections:
+                self._fail(root, "", f"has no <{tag}> element", f"take <{tag}> from the template")
+        if self.errors:
+            raise ConfigError("\n".join(text for _, text in sorted(self.errors)))
+        return Config(
+            path=self.path,
+            sftp=sections["SFTP"],
+            database=sections["Database"],
+            limits=sections.get("Limits") or _defaults(Limits),
+            history=sections.get("History") or _defaults(History),
+            sql_diffs=sections["Download"],
+            statements=sections.get("Upload", ()),
+            secrets=frozenset(secret for secret in self.secrets if len(secret) > 2),
+        )
+
+    def _parse(self) -> etree._Element:
+        from lxml import etree
+
+        try:
+            raw = self.path.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be read: {error.strerror}",
+                "give the folder that holds config.xml with --home, or the file with --config",
+            ) from None
+        parser = etree.XMLParser(
+            resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
+        )
+        try:
+            root = etree.fromstring(raw, parser)
+        except etree.XMLSyntaxError as error:
+            line = error.lineno or 1
+            raise ConfigError(
+                f"{self.path.name}:{line}: not well-formed XML: {one_line(error.msg)}",
+                "look at that line and the one above for a missing quote, bracket or end tag; "
+                "write & as &amp; and < as &lt; in attributes, and SQL inside <![CDATA[ ... ]]>",
+            ) from None
+        if root.getroottree().docinfo.internalDTD is not None:
+            raise ConfigError(
+                f"{self.path.name}: has a DOCTYPE, which is refused (it can read other files)",
+                "delete the <!DOCTYPE ...> line",
+            )
+        encoding = root.getroottree().docinfo.encoding or "UTF-8"
+        self.lines = raw.decode(encoding, "replace").splitlines()
+        if root.tag != "Config":
+            raise ConfigError(
+                f"{self.path.name}:{root.sourceline}: the outermost element is "
+                f"<{one_line(root.tag)}>, not <Config>",
+                "start from the config.xml that came with sgsync",
+            )
+        return root
+
+    def _fail(self, element: etree._Element, name: str, reason: str, remedy: str) -> None:
+        line = self._line_of(element, name)
+        place = f"<{element.tag} {name}>" if name else f"<{element.tag}>"
+        text = f"{self.path.name}:{line}: {place}: {one_line(reason)}"
+        self.errors.append((line, f"{text}\nTry: {remedy}"))
+
+    def _line_of(self, element: etree._Element, name: str) -> int:
+        """The line of an attribute; lxml knows only the line on which the start tag ends."""
+        end = cast("int", element.sourceline or 1)
+        pattern = re.compile(rf"(?:^|\s){re.escape(name)}\s*=") if name else None
+        for number in range(min(end, len(self.lines)), 0, -1):
+            line = self.lines[number - 1]
+            if pattern and pattern.search(line):
+                return number
+            if f"<{element.tag}" in line:
+                return number
+        return end
+
+    def _children(self, element: etree._Element) -> Iterator[etree._Element]:
+        """The known elements inside `element`; unknown, repeated or stray content is an error."""
+        allowed = ELEMENTS[element.tag][1]
+        seen: set[str] = set()
+        for child in element:
+            if not isinstance(child.tag, str):  # a comment or a processing instruction
+                continue
+            if child.tag not in allowed:
+                self._unknown(child, "", f"is not known inside <{element.tag}>", child.tag, allowed)
+            elif child.tag in seen and child.tag not in REPEATABLE:
+                self._fail(child, "", "stands there twice", "keep one of them")
+            else:
+                seen.add(child.tag)
+                yield child
+        stray = [element.text, *(child.tail for child in element)]
+        if element.tag not in TEXT_ELEMENTS and any(text and text.strip() for text in stray):
+            self._fail(element, "", "contains text between its elements", "delete that text")
+
+    def _unknown(
+        self, element: etree._Element, name: str, reason: str, found: str, known: Iterable[str]
+    ) -> None:
+        import difflib
+
+        close = difflib.get_close_matches(found, known, 1, 0.5) or [
+            word for word in known if word.lower() == found.lower()
+        ]
+        remedy = f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(known)}"
+        self._fail(element, name, reason, remedy if known else "delete it")
+
+    def _read_section(self, element: etree._Element) -> object:
+        if element.tag == "Download":
+            self._attributes(element)
+            return self._sql_diffs(element)
+        if element.tag == "Upload":
+            self._attributes(element)
+            return self._statements(element)
+        list(self._children(element))
+        return self._instance(element)
+
+    def _instance(self, element: etree._Element, **more: object) -> Any:
+        """The element's dataclass, or None where one of its attributes is wrong."""
+        before = len(self.errors)
+        values = self._attributes(element)
+        cls = ELEMENTS[element.tag][0]
+        return None if cls is None or len(self.errors) > before else cls(**values, **more)
+
+    def _attributes(self, element: etree._Element) -> dict[str, object]:
+        cls = ELEMENTS[element.tag][0]
+        known = attributes_of(cls) if cls else {}
+        for name in element.attrib:
+            if name not in known:
+                self._unknown(element, str(name), "is not known", str(name), known)
+        values: dict[str, object] = {}
+        for name, field in known.items():
+            default = field.metadata["default"]
+            raw = element.get(name, default)
+            if raw is REQUIRED:
+                self._fail(element, "", f"lacks the attribute {name}", f'add {name}="..."')
+            elif raw is None:
+                values[field.name] = None
+            else:
+                self._value(element, name, field, str(raw), values)
+        return values
+
+    def _value(
+        self,
+        element: etree._Element,
+        name: str,
+        field: dataclasses.Field[Any],
+        raw: str,
+        values: dict[str, object],
+    ) -> None:
+        unfilled = "TODO(user)" in raw or _PLACEHOLDER.search(raw)
+        if unfilled and not self.used:
+            return
+        if "TODO(user)" in raw:
+            self._fail(element, name, "still holds TODO(user)", "replace it by your own value")
+            return
+        before = len(self.errors)
+        text = self._expand(element, name, raw)
+        if name == "passphrase" and text:
+            self.secrets.add(text)
+        if name == "connectionString":
+            self.secrets.update(_passwords(text))
+        try:
+            if len(self.errors) == before:
+                values[field.name] = field.metadata["parse"](text)
+        except ValueError as error:
+            shown = "" if not field.repr else f"'{raw}' "
+            self._fail(element, name, f"{shown}{error}", "correct the value")
+
+    def _expand(self, element: etree._Element, name: str, raw: str) -> str:
+        """`${env:NAME}` and `${keyring:NAME}` replaced; in a connection string, quoted for it."""
+
+        def value(match: re.Match[str]) -> str:
+            source, variable = match[1], match[2]
+            if source == "env":
+                found, remedy = os.environ.get(variable), "set it for the account that runs sgsync"
+                kind = "environment variable"
+            elif source == "keyring":
+                found, kind = _from_keyring(variable), "keyring entry"
+                remedy = f"store it: keyring set sgsync {variable}"
+            else:
+                self._fail(element, name, f"'{match[0]}' is no placeholder", "use ${env:NAME}")
+                return ""
+            if not found:
+                self._fail(element, name, f"the {kind} {variable} is not set", remedy)
+                return ""
+            if source == "keyring":
+                self.secrets.add(found)
+            if name != "connectionString":
+                return found
+            if raw[match.start() - 1 : match.start()] == "{":
+                return found.replace("}", "}}")
+            # ODBC: a value with one of these characters stands in braces, a brace doubled.
+            special = re.search(r"[\[\]{}(),;?*=!@]|^\s|\s$", found)
+            return "{" + found.replace("}", "}}") + "}" if special else found
+
+        return _PLACEHOLDER.sub(value, raw)
+
+    def _text_of(self, element: etree._Element) -> str:
+        """The SQL text of an element; children in it are errors."""
+        list(self._children(element))
+        text = "".join(map(str, element.itertext(with_tail=False))).strip()
+        if "TODO(user)" in text and self.used:
+            self._fail(element, "", "still holds TODO(user)", "replace it by your own value")
+        return text
+
+    def _sql_diffs(self, download: etree._Element) -> tuple[SqlDiff, ...]:
+        diffs = [self._sql_diff(element) for element in self._children(download)]
+        if not diffs and self.used:
+            self._fail(download, "", "has no <SQLDiff> element", "take one from the template")
+        self._unique_files(download)
+        return tuple(diff for diff in diffs if diff)
+
+    def _sql_diff(self, element: etree._Element) -> SqlDiff | None:
+        query, calls = "", {}
+        for child in self._children(element):
+            if child.tag == "Query":
+                self._attributes(child)
+                query = self._text_of(child)
+            else:
+                calls[child.tag.lower()] = self._call(child)
+        if not query:
+            self._fail(element, "", "has no <Query> with SQL in it", "add the query to export")
+        made = self._instance(element, query=query, calls=calls, line=self._line_of(element, ""))
+        return cast("SqlDiff | None", made)
+
+    def _call(self, element: etree._Element) -> Call | None:
+        text = self._text_of(element)
+        call = cast("Call | None", self._instance(element, statement=text))
+        if not call:
+            return None
+        if bool(call.procedure) == bool(text):
+            self._fail(
+                element, "", "needs a procedure or one SQL statement, and not both",
+                'write procedure="dbo.name", or parameters="a,b" and SQL with a ? for each',
+            )  # fmt: skip
+        elif text:
+            marks = sum(1 for match in _SQL_TOKEN.finditer(text) if match[1])
+            if marks != len(call.parameters or ()):
+                self._fail(
+                    element, "parameters",
+                    f"names {plural(len(call.parameters or ()), 'column')} "
+                    f"for {plural(marks, '? mark')}",
+                    "name one column for each ? in order, parameters=\"a,b\"",
+                )  # fmt: skip
+        return call
+
+    def _statements(self, upload: etree._Element) -> tuple[Statement, ...]:
+        statements = []
+        for element in self._children(upload):
+            sql = self._text_of(element)
+            if not sql:
+                self._fail(element, "", "holds no SQL", "write the statement, or delete <SQL>")
+            line = self._line_of(element, "")
+            statements.append(self._instance(element, sql=sql, line=line))
+        self._unique_files(upload)
+        return tuple(statement for statement in statements if statement)
+
+    def _unique_files(self, parent: etree._Element) -> None:
+        seen: set[str] = set()
+        for element in parent.iterchildren("SQLDiff", "SQL"):
+            name = element.get("file")
+            if name and (name.lower() in seen or name.lower() == FAILURES_NAME):
+                self._fail(element, "file", f"'{name}' is taken already", "choose another name")
+            seen.add(str(name).lower())
+
+
+def _defaults(cls: type[T], **given: object) -> T:
+    """An element that stands nowhere in config.xml."""
+    values = dict(given)
+    for field in attributes_of(cls).values():
+        default = field.metadata["default"]
+        parsed = None if default in (None, REQUIRED) else field.metadata["parse"](default)
+        values.setdefault(field.name, parsed)
+    return cls(**values)
+
+
+def _passwords(connection_string: str) -> Iterator[str]:
+    """The passwords in an ODBC connection string, as written and as meant."""
+    for match in _PASSWORD.finditer(connection_string):
+        yield match[1]
+        if match[1].startswith("{"):
+            yield match[1][1:-1].replace("}}", "}")
+
+
+def _from_keyring(name: str) -> str | None:
+    try:
+        import keyring
+    except ImportError:
+        raise ConfigError(
+            f"config.xml: ${{keyring:{name}}}: the package keyring is not installed",
+            "pip install keyring, or use ${env:...}",
+        ) from None
+    return keyring.get_password("sgsync", name)
+
+
+# ---------------------------------------------------------------------- connections: Sftp, Database
+
+
+class Watchdog:
+    """Closes a connection on which nothing has moved for `seconds`.
+
+    Drivers' own time-outs do not cover every place where a dead network can block them.
+    """
+
+    def __init__(self, seconds: float, close: Callable[[], None]) -> None:
+        self.seconds, self.expired = seconds, False
+        self._close, self._deadline = close, float("inf")
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def feed(self) -> None:
+        """Something moved, or an operation begins."""
+        self._deadline = time.monotonic() + self.seconds
+
+    def rest(self) -> None:
+        """No operation is under way."""
+        self._deadline = float("inf")
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(0.5, self.seconds / 4)):
+            if time.monotonic() > self._deadline:
+                self.expired = True
+                self._close()
+                return
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteEntry:
+    """One entry of a directory on the server; `modified` is seconds since 1970, by its clock."""
+
+    name: str
+    is_directory: bool
+    is_file: bool
+    size: int
+    modified: float
+
+
+class Sftp:
+    """An SFTP session: log-in by key, host key pinned, every operation bounded in time.
+
+    Raises TransferError for the server's and the network's faults, ConfigError for the key files.
+    """
+
+    def __init__(self, settings: SftpSettings, home: Path) -> None:
+        self.settings, self.home = settings, home
+        self.where = f"{settings.host}:{settings.port}"
+        self._transport: paramiko.Transport | None = None
+        self._client: paramiko.SFTPClient | None = None
+        self._watchdog: Watchdog | None = None
+
+    def __enter__(self) -> Sftp:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def connect(self) -> None:
+        """Connect and log in, where that has not been done or the connection is gone."""
+        if self._transport and self._transport.is_active() and self._client:
+            return
+        self.close()
+        import socket
+
+        import paramiko
+
+        private_key, host_keys = self._private_key(), self._host_keys()
+        self._watchdog = Watchdog(self.settings.timeout_seconds, self._hang_up)
+        with self._operation(f"{self.where}: cannot connect"):
+            address = (self.settings.host, self.settings.port)
+            sock = socket.create_connection(address, timeout=CONNECT_SECONDS)
+            try:
+                self._transport = transport = paramiko.Transport(sock)
+            except BaseException:
+                sock.close()
+                raise
+            transport.banner_timeout = transport.handshake_timeout = CONNECT_SECONDS
+            transport.auth_timeout = transport.channel_timeout = CONNECT_SECONDS
+            self._prefer_known_keys(transport, host_keys)
+            transport.start_client(timeout=CONNECT_SECONDS)
+            self._check_host_key(transport.get_remote_server_key(), host_keys)
+            transport.set_keepalive(15)
+            transport.auth_publickey(self.settings.username, private_key)
+            self._client = paramiko.SFTPClient.from_transport(transport)
+            if self._client is None:
+                raise TransferError(f"{self.where}: the server offers no SFTP", transient=True)
+            channel = self._client.get_channel()
+            if channel is not None:
+                channel.settimeout(self.settings.timeout_seconds)
+        log.info("%s: logged in as %s", self.where, self.settings.username)
+
+    def close(self) -> None:
+        """Close the connection; work that waits on it fails at once."""
+        if self._watchdog:
+            self._watchdog.stop()
+        self._hang_up()
+        self._transport = self._client = None
+
+    def _hang_up(self) -> None:
+        if transport := self._transport:
+            transport.close()
+
+    def listing(self, directory: str) -> list[RemoteEntry]:
+        """The entries of a directory, sorted by name."""
+        import stat
+
+        entries: list[RemoteEntry] = []
+        with self._operation(f"{self.where}: {directory}: cannot be listed"):
+            for found in self._session().listdir_iter(directory, read_aheads=1):
+                self._feed()
+                mode = found.st_mode or 0
+                entries.append(
+                    RemoteEntry(
+                        found.filename,
+                        stat.S_ISDIR(mode),
+                        stat.S_ISREG(mode),
+                        found.st_size or 0,
+                        float(found.st_mtime or 0),
+                    )
+                )
+                if len(entries) > LISTING_ENTRIES:
+                    raise TransferError(
+                        f"{self.where}: {directory}: has more than {LISTING_ENTRIES:,} entries",
+                        "clear out that directory, or correct the directory in <SFTP>",
+                    )
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def read(self, path: str, size: int, *, ahead: bool) -> Iterator[bytes]:
+        """The blocks of a file of `size` bytes; a file that goes on after them is an error.
+
+        `ahead` asks for all of it at once: fast, but some servers choke on it.
+        """
+        subject = f"{self.where}: {path}: cannot be downloaded"
+        with self._operation(subject):
+            file = self._session().open(path, "rb")
+            if ahead and size > 1 << 20:
+                file.prefetch(size)
+        received = 0
+        try:
+            while True:
+                with self._operation(subject):
+                    block = file.read(1 << 18)
+                if not block:
+                    break
+                received += len(block)
+                if received > size:
+                    break
+                yield block
+        finally:
+            with contextlib.suppress(Error), self._operation(subject):
+                file.close()
+        if received != size:
+            raise TransferError(
+                f"{self.where}: {path}: {received:,} bytes arrived where {size:,} were announced",
+                "see whether the file is still being written; the next run takes it again",
+                transient=True,
+            )
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory, unless it is there."""
+        with self._operation(f"{self.where}: {path}: cannot be made"):
+            try:
+                self._session().mkdir(path)
+            except OSError:
+                self._session().stat(path)  # tells why, where it is not simply there already
+
+    def exists(self, path: str) -> bool:
+        with self._operation(f"{self.where}: {path}: cannot be looked up"):
+            try:
+                self._session().stat(path)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def write(self, path: str, file: BinaryIO) -> int:
+        """Upload an open file; returns its size, which the server has confirmed."""
+        sent = 0
+        with self._operation(f"{self.where}: {path}: cannot be uploaded"):
+            with self._session().open(path, "wb") as remote:
+                remote.set_pipelined(True)
+                while block := file.read(1 << 15):
+                    remote.write(block)
+                    self._feed()
+                    sent += len(block)
+            size = self._session().stat(path).st_size
+        if size != sent:
+            raise TransferError(
+                f"{self.where}: {path}: {size} bytes arrived of {sent}", transient=True
+            )
+        return sent
+
+    def mark(self, path: str) -> None:
+        """Make an empty file.  It is not looked at again: the server may take it at once."""
+        with self._operation(f"{self.where}: {path}: cannot be made"):
+            self._session().open(path, "wb").close()
+
+    def _session(self) -> paramiko.SFTPClient:
+        if self._client is None:
+            raise TransferError(f"{self.where}: the connection was closed", transient=True)
+        return self._client
+
+    def _feed(self) -> None:
+        if self._watchdog:
+            self._watchdog.feed()
+
+    @contextlib.contextmanager
+    def _operation(self, subject: str) -> Iterator[None]:
+        """Bounds one exchange with the server in time, and converts the driver's exceptions."""
+        import paramiko
+
+        self._feed()
+        try:
+            yield
+        except (paramiko.SSHException, paramiko.SFTPError, EOFError, OSError) as error:
+            raise self._translated(subject, error) from error
+        finally:
+            if self._watchdog:
+                self._watchdog.rest()
+
+    def _translated(self, subject: str, error: Exception) -> TransferError:
+        import errno
+        import socket
+
+        import paramiko
+
+        reason = one_line(error) or type(error).__name__
+        if isinstance(error, TimeoutError) or (self._watchdog and self._watchdog.expired):
+            reason = f"no answer for {self.settings.timeout_seconds} s"
+        if isinstance(error, paramiko.AuthenticationException):
+            return TransferError(
+                f"{self.where}: log-in as {self.settings.username} refused: {reason}",
+                f"see that the public half of {self.settings.private_key} is stored with this "
+                "user at SameGoal (a new key takes up to 60 minutes to work)",
+            )
+        if isinstance(error, socket.gaierror):
+            remedy = "see whether the host in <SFTP> is right and the name server answers"
+            return TransferError(f"{subject}: {reason}", remedy, transient=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):
+            words = "it does not exist" if error.errno == errno.ENOENT else "permission denied"
+            remedy = "correct the directory in <SFTP>, or ask for access to it"
+            return TransferError(f"{subject}: {words}", remedy)
+        if isinstance(error, paramiko.SFTPError) and "No such file" in reason:
+            return TransferError(f"{subject}: it does not exist", "correct the directory in <SFTP>")
+        remedy = "see whether the server is up and a firewall lets this machine reach it"
+        return TransferError(f"{subject}: {reason}", remedy, transient=True)
+
+    def _private_key(self) -> paramiko.PKey:
+        import paramiko
+
+        path = self.home / self.settings.private_key
+        try:
+            head = path.read_bytes()[:64]
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: the private key cannot be read: {error.strerror}",
+                "make a key pair: ssh-keygen -t rsa -b 4096 -f ssh/id_rsa, and store the public "
+                "half at SameGoal",
+            ) from None
+        if head.startswith(b"PuTTY-User-Key-File"):
+            raise ConfigError(
+                f"{path}: is a key in PuTTY's form",
+                "open it in PuTTYgen and save it by Conversions > Export OpenSSH key",
+            )
+        reason = ""
+        for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
+            try:
+                return kind.from_private_key_file(str(path), self.settings.passphrase or None)
+            except paramiko.PasswordRequiredException:
+                raise ConfigError(
+                    f"{path}: the private key is protected by a passphrase",
+                    'add passphrase="${env:NAME}" to <SFTP> and set that variable',
+                ) from None
+            except (paramiko.SSHException, ValueError, TypeError, IndexError) as error:
+                reason = reason or one_line(error)
+        raise ConfigError(
+            f"{path}: is no usable private key, or the passphrase is wrong: {reason}",
+            "use an OpenSSH key of the type RSA, ECDSA or Ed25519, and see that passphrase= in "
+            "<SFTP> belongs to it",
+        )
+
+    def _host_name(self) -> str:
+        """As known_hosts spells it."""
+        host, port = self.settings.host, self.settings.port
+        return host if port == 22 else f"[{host}]:{port}"
+
+    def _host_keys(self) -> dict[str, paramiko.PKey]:
+        """The pinned keys of this server by type.  An empty answer is an error."""
+        import paramiko
+
+        path = self.home / self.settings.known_hosts
+        scan = f"ssh-keyscan -p {self.settings.port} {self.settings.host}"
+        remedy = f"pin the server's key: {scan} >> {path}, after comparing its fingerprint"
+        keys = paramiko.HostKeys()
+        try:
+            keys.load(str(path))
+        except (OSError, UnicodeDecodeError, paramiko.SSHException) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise ConfigError(f"{path}: cannot be read: {reason}", remedy) from None
+        found = keys.lookup(self._host_name())
+        if not found:
+            raise TransferError(f"{path}: holds no host key of {self._host_name()}", remedy)
+        return dict(found)
+
+    @staticmethod
+    def _prefer_known_keys(
+        transport: paramiko.Transport, host_keys: dict[str, paramiko.PKey]
+    ) -> None:
+        """Ask for a host key of a type that is pinned; a server may have several."""
+        options = transport.get_security_options()
+
+        def pinned(name: str) -> bool:
+            return name in host_keys or (name.startswith("rsa-sha2-") and "ssh-rsa" in host_keys)
+
+        options.key_types = sorted(options.key_types, key=lambda name: not pinned(name))
+
+    def _check_host_key(self, key: paramiko.PKey, host_keys: dict[str, paramiko.PKey]) -> None:
+        pinned = host_keys.get(key.get_name())
+        if pinned is not None and pinned.asbytes() == key.asbytes():
+            return
+        known = ", ".join(f"{name} {fingerprint(k)}" for name, k in host_keys.items())
+        raise TransferError(
+            f"{self.where}: the host key is {key.get_name()} {fingerprint(key)}, "
+            f"but {self.settings.known_hosts} has {known}; nothing was sent",
+            "ask the server's operator whether the key was changed; only then replace the line of "
+            f"{self._host_name()} in {self.settings.known_hosts}",
+        )
+
+
+def fingerprint(key: paramiko.PKey) -> str:
+    """A host key's fingerprint as ssh-keygen -l prints it."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(key.asbytes()).digest()
+    return "SHA256:" + base64.b64encode(digest).decode("ascii").rstrip("=")
+
+
+class _Worker(threading.Thread):
+    """Runs a driver's blocking calls one after another, so that the caller can stop waiting."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="database")
+        import queue
+
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Pending] | None]
+        self._jobs = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while job := self._jobs.get():
+            work, future = job
+            try:
+                future.value = work()
+            except BaseException as error:  # handed to the caller
+                future.error = error
+            future.done.set()
+
+    def submit(self, work: Callable[[], Any]) -> Pending:
+        future = Pending()
+        self._jobs.put((work, future))
+        return future
+
+    def end(self) -> None:
+        self._jobs.put(None)
+
+
+class Pending:
+    """What a `_Worker` will have done."""
+
+    def __init__(self) -> None:
+        self.done, self.value = threading.Event(), cast("Any", None)
+        self.error: BaseException | None = None
+
+
+MSSQL, POSTGRESQL = "Microsoft SQL Server", "PostgreSQL"
+
+# Calls sent as one statement, where the database takes several: measured on both, nothing is
+# faster within one transaction but SQL Server's parameter arrays, whose errors cannot be trusted
+# to name or to undo the right rows.
+CALLS_PER_STATEMENT = {MSSQL: 50, POSTGRESQL: 100}
+PARAMETERS_PER_STATEMENT = 2000  # SQL Server allows 2,100.
+
+_DEADLOCK = {"40001", "40P01", "55P03"}
+_LOST = {"08001", "08003", "08006", "08007", "08S01", "08S02", "57P01", "57P02", "57P03", "HYT01"}
+_NO_PROCEDURE = {"42883", "42809", "42501"}
+
+
+class Database:
+    """The district's database through ODBC.  Raises DatabaseError.
+
+    Every call runs in a thread of its own and is given up after `query_timeout_seconds` and a
+    margin, because no ODBC driver bounds all of its waits.
+    """
+
+    def __init__(self, settings: DatabaseSettings) -> None:
+        self.settings = settings
+        self.name = ""  # the product, such as "PostgreSQL"
+        self._connection: pyodbc.Connection | None = None
+        self._cursor: pyodbc.Cursor | None = None
+        self._worker: _Worker | None = None
+        self._cancelled = threading.Event()
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def connect(self) -> None:
+        """Connect, where that has not been done."""
+        if self._connection:
+            return
+        try:
+            import pyodbc
+        except ImportError as error:
+            raise DatabaseError(
+                f"the ODBC package cannot be loaded: {one_line(error)}",
+                "pip install -r requirements.txt; on Linux also install unixODBC "
+                "(apt-get install unixodbc)",
+            ) from None
+        pyodbc.pooling = False
+
+        def connect() -> tuple[pyodbc.Connection, pyodbc.Cursor, str]:
+            connection = pyodbc.connect(
+                self.settings.connection_string, timeout=int(CONNECT_SECONDS), autocommit=False
+            )
+            with contextlib.suppress(pyodbc.Error):  # the SQLite driver has no query time-out
+                connection.timeout = self.settings.query_timeout_seconds
+            name = connection.getinfo(pyodbc.SQL_DBMS_NAME)
+            return connection, connection.cursor(), str(name)
+
+        self._worker = _Worker()
+        connected = self._run("the database", connect, CONNECT_SECONDS + 10)
+        self._connection, self._cursor, self.name = connected
+        log.info("database: connected to %s", one_line(self.name))
+
+    def close(self) -> None:
+        """Roll back what is open, and close."""
+        connection, worker = self._connection, self._worker
+        self._connection = self._cursor = self._worker = None
+        if connection and worker:
+
+            def close() -> None:
+                with contextlib.suppress(Exception):
+                    connection.rollback()
+                with contextlib.suppress(Exception):
+                    connection.close()
+
+            worker.submit(close).done.wait(5)
+        if worker:
+            worker.end()
+
+    def cancel(self) -> None:
+        """From another thread: let the call under way be given up."""
+        self._cancelled.set()
+        if cursor := self._cursor:
+            with contextlib.suppress(Exception):
+                cursor.cancel()
+
+    def query(self, subject: str, sql: str) -> tuple[Row, Iterator[list[Sequence[object]]]]:
+        """Run a query; returns the names of its columns and its rows in blocks.
+
+        The next block is fetched while the caller works on the last one.
+        """
+        cursor = self._open_cursor()
+
+        def execute() -> Row:
+            cursor.execute(sql)
+            while cursor.description is None:  # an answer without rows, such as a row count
+                if not cursor.nextset():
+                    raise DatabaseError(f"{subject}: returns no rows", "write one that SELECTs")
+            return tuple(str(column[0]) for column in cursor.description)
+
+        columns: Row = self._run(subject, execute)
+        return columns, self._blocks(subject, cursor)
+
+    def _blocks(self, subject: str, cursor: pyodbc.Cursor) -> Iterator[list[Sequence[object]]]:
+        pending = self._submit(lambda: cursor.fetchmany(FETCH_ROWS))
+        while rows := self._result(subject, pending):
+            pending = self._submit(lambda: cursor.fetchmany(FETCH_ROWS))
+            yield rows
+
+    def drain(self, subject: str) -> None:
+        """Read on to the end: an error after the first result shows only there."""
+        cursor = self._open_cursor()
+
+        def drain() -> None:
+            while cursor.nextset():
+                if cursor.description is not None and cursor.fetchone() is not None:
+                    log.debug("%s: further rows are not kept", subject)
+
+        self._run(subject, drain)
+
+    def execute(self, subject: str, sql: str, parameters: Sequence[str | None] = ()) -> None:
+        """Run one statement to its end; every result set is read."""
+        cursor = self._open_cursor()
+
+        def execute() -> None:
+            cursor.execute(sql, list(parameters))
+            while cursor.nextset():
+                pass
+
+        self._run(subject, execute)
+
+    def commit(self) -> None:
+        connection = self._open_connection()
+        self._run("commit", connection.commit)
+
+    def rollback(self) -> None:
+        """Undo what is open.  Where that fails, the connection is dropped: that undoes it too."""
+        try:
+            connection = self._open_connection()
+            self._run("rollback", connection.rollback)
+        except DatabaseError as error:
+            log.debug("%s", error.message)
+            self.close()
+
+    def call_text(self, procedure: str, count: int) -> str:
+        """The call of a procedure with `count` parameters, as this database wants it."""
+        marks = ", ".join("?" * count)
+        if self.name == MSSQL:
+            return f"EXEC {procedure} {marks}".rstrip()
+        if self.name == POSTGRESQL:
+            return f"CALL {procedure}({marks})"
+        return f"{{CALL {procedure}({marks})}}"
+
+    def spelled(self, sql: str) -> str:
+        """`{CALL p}` or `{CALL p(...)}` as a whole statement, as this database wants it."""
+        call = re.fullmatch(r"(?is)\{\s*call\s+([^\s(]+)\s*(?:\((.*)\))?\s*\}", sql.strip())
+        if not call or self.name not in (MSSQL, POSTGRESQL):
+            return sql
+        name, arguments = call[1], (call[2] or "").strip()
+        if self.name == MSSQL:
+            return f"EXEC {name} {arguments}".rstrip()
+        return f"CALL {name}({arguments})"
+
+    def calls_per_statement(self, parameters: int) -> int:
+        limit = CALLS_PER_STATEMENT.get(self.name, 1)
+        return max(1, min(limit, PARAMETERS_PER_STATEMENT // max(1, parameters)))
+
+    def _open_connection(self) -> pyodbc.Connection:
+        self.connect()
+        return cast("pyodbc.Connection", self._connection)
+
+    def _open_cursor(self) -> pyodbc.Cursor:
+        self.connect()
+        return cast("pyodbc.Cursor", self._cursor)
+
+    def _run(self, subject: str, work: Callable[[], Any], seconds: float = 0) -> Any:
+        return self._result(subject, self._submit(work), seconds)
+
+    def _submit(self, work: Callable[[], Any]) -> Pending:
+        if self._worker is None:
+            raise DatabaseError("the database connection was closed", transient=True)
+        return self._worker.submit(work)
+
+    def _result(self, subject: str, future: Pending, seconds: float = 0) -> Any:
+        """Wait, in short steps: on Windows a longer wait would not notice Ctrl-C."""
+        seconds = seconds or self.settings.query_timeout_seconds + 30
+        end = time.monotonic() + seconds
+        while not future.done.wait(0.2):
+            if self._cancelled.is_set():
+                self._abandon()
+                raise CancelledError(subject)
+            if time.monotonic() > end:
+                self._abandon()
+                raise DatabaseError(
+                    f"{subject}: no answer from the database for {seconds:.0f} s",
+                    "see whether the server and the network to it are up, or raise "
+                    "queryTimeoutSeconds on <Database>",
+                    sqlstate="HYT00",
+                )
+        if future.error is not None:
+            if isinstance(future.error, Error):
+                raise future.error
+            raise self._translated(subject, future.error) from future.error
+        return future.value
+
+    def _abandon(self) -> None:
+        """Leave a call that does not return to its thread; the connection is of no use any more."""
+        if cursor := self._cursor:
+            with contextlib.suppress(Exception):
+                cursor.cancel()
+        self._connection = self._cursor = self._worker = None
+
+    def _translated(self, subject: str, error: BaseException) -> DatabaseError:
+        import pyodbc
+
+        if not isinstance(error, pyodbc.Error):
+            return DatabaseError(f"{subject}: {type(error).__name__}: {one_line(error)}")
+        sqlstate = str(error.args[0]) if error.args else ""
+        text = driver_message(str(error.args[-1]) if error.args else "")
+        lost = sqlstate in _LOST or (sqlstate == "HY000" and _LOST_TEXT.search(text) is not None)
+        if lost:
+            self._drop_connection()
+        remedy = _database_remedy(sqlstate, text)
+        return DatabaseError(
+            f"{subject}: {text}",
+            remedy,
+            sqlstate=sqlstate,
+            transient=lost or sqlstate in _DEADLOCK or "deadlock" in text.lower(),
+        )
+
+    def _drop_connection(self) -> None:
+        worker, self._connection, self._cursor = self._worker, None, None
+        self._worker = None
+        if worker:
+            worker.end()
+
+
+_LOST_TEXT = re.compile(
+    r"(?i)server closed the connection|connection (?:was |has been )?(?:lost|closed|reset|broken)"
+    r"|communication link failure|could not (?:send|receive)|no connection to the server"
+    r"|terminating connection|server has gone away"
+)
+
+
+def driver_message(text: str) -> str:
+    """A driver's message without its prefixes and without the row that it may quote."""
+    text = re.sub(r"^\[[0-9A-Z]{5}\]\s*", "", text)
+    text = re.sub(r"^(?:\[[^\]]*\]\s*)+", "", text)
+    text = re.split(r";?\s*\n?\s*(?:DETAIL|CONTEXT|HINT|QUERY|STATEMENT):", text)[0]
+    text = re.sub(r";?\s*Error while executing the query.*", "", text, flags=re.S)
+    text = re.sub(r"\s*\(-?\d+\)\s*\((?:SQL\w+)\)\s*$", "", text)
+    return one_line(text) or "the driver gave no reason"
+
+
+def _database_remedy(sqlstate: str, text: str) -> str:
+    """What a technician can do, by SQLSTATE (ISO/IEC 9075, and each product's own)."""
+    import pyodbc
+
+    if sqlstate in ("28000", "28P01"):
+        return "see that the user and the password in connectionString are right and may log in"
+    if sqlstate == "IM002" or "Can't open lib" in text or "file not found" in text:
+        installed = ", ".join(pyodbc.drivers()) or "none"
+        return f"correct Driver= in connectionString or install that driver; here are: {installed}"
+    if sqlstate in ("08001", "HYT00") or sqlstate in _LOST:
+        return "see whether the database server is up and a firewall lets this machine reach it"
+    if sqlstate in _NO_PROCEDURE or "could not find stored procedure" in text.lower():
+        return "run procedures.sql in this database, and grant EXECUTE to the user of sgsync"
+    if sqlstate in ("42S02", "42S22", "42P01", "42703", "42601", "42000"):
+        return "correct the SQL or the names in config.xml, or run procedures.sql"
+    return ""
+
+
+# ---------------------------------------------------------------------- local files: new_file
+
+
+@contextlib.contextmanager
+def local_errors(path: Path) -> Iterator[None]:
+    """Turns a failure of this machine's disk into an Error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Error(
+            f"{path}: {error.strerror or error}",
+            "see that the disk has space left and that the account which runs sgsync may write "
+            "to this folder",
+        ) from error
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under its name only when it is whole."""
+    part = path.with_name(path.name + PART)
+    try:
+        with local_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                yield file
+            _replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _replace(part: Path, path: Path) -> None:
+    """os.replace; on Windows a virus scanner may hold a new file for a moment."""
+    for pause in (0.1, 0.3, 1.0):
+        try:
+            part.replace(path)
+            return
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            time.sleep(pause)
+    part.replace(path)
+
+
+# ---------------------------------------------------------------------- CSV: SortedCsv, csv_writer
+#
+# A file is read in blocks of whole records.  Each block is checked and brought into one canonical
+# form, bytes in which \0 stands between fields, \n after rows, and \xff for a line break inside a
+# field (that byte occurs in no UTF-8, and \0 is refused).  Equal rows are then equal bytes, however
+# they were quoted, and the order of bytes is the order of the tuples of fields.
+
+CSV_LIMIT = 2**31 - 1
+csv.field_size_limit(CSV_LIMIT)
+
+_STRUCTURE = b',"\r\n'
+_NOT_STRUCTURE = bytes(set(range(256)) - set(_STRUCTURE))
+_NOT_CANONICAL = bytes(set(range(256)) - set(b"\0\n"))
+_TO_CANONICAL = bytes.maketrans(b",", b"\0")
+_REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
+_LOOSE_QUOTE = re.compile(rb'[^,\r\n"]"|"[^,\r\n"]')
+_LONE_RETURN = re.compile(rb"\r(?!\n)")
+_BREAK = b"\xff"
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """`rows` records in canonical form; the first begins on line `line` of its file."""
+
+    data: bytes
+    line: int
+    rows: int
+
+    def line_at(self, offset: int) -> int:
+        """The line on which the row at `offset` begins."""
+        return self.line + self.data.count(b"\n", 0, offset) + self.data.count(_BREAK, 0, offset)
+
+
+def decode_row(row: bytes) -> Row:
+    """The fields of one canonical row (without its \\n)."""
+    return tuple(row.replace(_BREAK, b"\n").decode("utf-8").split("\0"))
+
+
+class CsvFile:
+    """A CSV file: RFC 4180, UTF-8 with or without BOM, a header first, memory bounded.
+
+    `columns` is the header, () for a file of 0 bytes; `blocks()` gives the rows.  Raises DataError
+    with file and line for everything that RFC 4180 does not allow, and for rows that have more or
+    fewer fields than the header.
+    """
+
+    def __init__(self, path: Path, shown: str = "") -> None:
+        self.path, self.shown = path, shown or path.name
+        self.columns: Row = ()
+        self._line = 1  # of what `_records` gives next
+        self._regular_line = b""  # The structure of a row that has been found regular.
+        with local_errors(path):
+            self._file: BinaryIO = path.open("rb")
+        try:
+            self._records = self._raw_blocks()
+            self._rest = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CsvFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def blocks(self, trim: bool = False, null_text: str | None = None) -> Iterator[Block]:
+        """The rows; `trim` drops blanks at the end of fields, `null_text` stands for empty."""
+        null = re.compile(rb"(?<![^\0\n])" + re.escape((null_text or "").encode()) + rb"(?=[\0\n])")
+        for raw in itertools.chain([self._rest] if self._rest else (), self._records):
+            block = self._canonical(raw, self._line)
+            self._line += raw.count(b"\n") if _BREAK in block.data else block.rows
+            data = block.data
+            if trim:
+                data = re.sub(rb" +(?=[\0\n])", b"", data)
+            if null_text:
+                data = null.sub(b"", data)
+            yield block if data is block.data else dataclasses.replace(block, data=data)
+
+    def fail(self, line: int, what: str, remedy: str) -> NoReturn:
+        raise DataError(f"{self.shown}:{line}: {what}", remedy)
+
+    def _read_header(self) -> bytes:
+        """Settle the names of the columns; returns what follows them in the first block, raw."""
+        first = next(self._records, b"")
+        if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+            self.fail(1, "is UTF-16", "save or export it as UTF-8")
+        first = first.removeprefix(b"\xef\xbb\xbf")
+        if not first:
+            return b""
+        end = _record_end(first)
+        header = first[:end]
+        columns = decode_row(self._canonical(header, 1).data[:-1])
+        for name in columns:
+            if not name or columns.count(name) > 1:
+                what = f"the column '{one_line(name)}' stands there twice" if name else "no name"
+                self.fail(1, f"the header is wrong: {what}", "give each column a name of its own")
+        self.columns = columns
+        self._line += header.count(b"\n")
+        return first[end:]
+
+    def _raw_blocks(self) -> Iterator[bytes]:
+        """The file in blocks that end where a record ends; the last one gets its line end."""
+        rest = b""
+        while True:
+            with local_errors(self.path):
+                read = self._file.read(BLOCK_BYTES)
+            raw = rest + read
+            end = _last_record_end(raw)
+            if not read:
+                break
+            if end == 0 and len(raw) > RECORD_BYTES:
+                self.fail(
+                    self._line,
+                    f"a record is longer than {RECORD_BYTES >> 20} MB",
+                    "look for a quote that is never closed, or a file that is no CSV",
+                )
+            if end:
+                yield raw[:end]
+            rest = raw[end:]
+        if rest.count(b'"') % 2:
+            self.fail(
+                self._line,
+                "a quoted field is never closed",
+                "see whether the file was cut off; export again",
+            )
+        if rest:
+            yield rest + b"\n"
+
+    def _canonical(self, raw: bytes, line: int) -> Block:
+        """One block in canonical form.
+
+        Nearly every block of a real file is regular: all its rows quote the same columns and no
+        field holds a comma, a quote or a line break.  One translation that leaves only those
+        characters shows it, and a second one makes the canonical form.
+        """
+        width = len(self.columns)  # 0 for the header itself
+        self._check_text(raw, line)
+        structure = raw.translate(None, _NOT_STRUCTURE)
+        first = structure[: structure.find(b"\n") + 1]
+        rows = len(structure) // len(first)
+        if first * rows == structure and self._is_regular(first, width, rows, raw):
+            return Block(raw.translate(_TO_CANONICAL, b'"\r'), line, rows)
+        data = self._canonical_irregular(raw, line)
+        block = Block(data, line, data.count(b"\n"))
+        if width:
+            self._check_width(block, width)
+        return block
+
+    def _check_text(self, raw: bytes, line: int) -> None:
+        if b"\0" in raw:
+            self.fail(
+                line + raw.count(b"\n", 0, raw.index(b"\0")),
+                "holds a NUL character: a binary or UTF-16 file",
+                "export the file again as CSV in UTF-8",
+            )
+        if not raw.isascii():
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                self.fail(
+                    line + raw.count(b"\n", 0, error.start),
+                    f"is not UTF-8: byte 0x{raw[error.start]:02x}",
+                    "export the file as UTF-8 (that byte looks like Windows-1252 or Latin-1)",
+                )
+
+    def _is_regular(self, first: bytes, width: int, rows: int, raw: bytes) -> bool:
+        if first != self._regular_line:
+            if not _REGULAR.fullmatch(first) or (width and first.count(b",") != width - 1):
+                return False
+            self._regular_line = first
+        if b'"' not in first:
+            return True
+        # Two quotes a field: the one must open it and the other close it.
+        quoted = first.count(b'"') // 2 * rows
+        opened = raw.count(b',"') + raw.count(b'\n"') + raw.startswith(b'"')
+        closed = raw.count(b'",') + raw.count(b'"\r' if first.endswith(b"\r\n") else b'"\n')
+        return opened == closed == quoted
+
+    def _canonical_irregular(self, raw: bytes, line: int) -> bytes:
+        """The same for any block: split at the quotes, every other piece stands inside them."""
+        pieces = raw.split(b'"')
+        outside, inside = pieces[0::2], pieces[1::2]
+        skeleton = b'"'.join(outside)  # Each " now stands for a quoted piece.
+        wrong = _LOOSE_QUOTE.search(skeleton) or _LONE_RETURN.search(skeleton)
+        if wrong:
+            before = skeleton[: wrong.start() + 1]
+            hidden = inside[: before.count(b'"')]
+            lines = before.count(b"\n") + sum(piece.count(b"\n") for piece in hidden)
+            if b'"' in wrong[0]:
+                what = "a quote stands inside a field that is not wholly quoted"
+                remedy = 'quote the whole field and double each quote in it: "a ""b"" c"'
+            else:
+                what, remedy = "a carriage return without a line feed", "end lines with CR LF or LF"
+            self.fail(line + lines, what, remedy)
+        outside = skeleton.translate(_TO_CANONICAL, b"\r").split(b'"')
+        inside = b'"'.join(inside).replace(b"\n", _BREAK).split(b'"') if inside else []
+        pieces[0::2], pieces[1::2] = outside, inside
+        # A doubled quote leaves an empty piece outside, between two inside.
+        pieces[2:-1:2] = [piece or b'"' for piece in outside[1:-1]]
+        return b"".join(pieces)
+
+    def _check_width(self, block: Block, width: int) -> None:
+        structure = block.data.translate(None, _NOT_CANONICAL)
+        if structure == (b"\0" * (width - 1) + b"\n") * block.rows:
+            return
+        offset = 0
+        for row in block.data[:-1].split(b"\n"):
+            fields = row.count(b"\0") + 1
+            if fields != width:
+                self.fail(
+                    block.line_at(offset),
+                    f"has {plural(fields, 'field')} where the header has {width}",
+                    "see whether the file was cut off, or a value with a comma is not quoted",
+                )
+            offset += len(row) + 1
+
+
+def _record_end(raw: bytes) -> int:
+    """The offset behind the first record of `raw`, which holds at least one."""
+    end = quotes = 0
+    while True:
+        start, end = end, raw.index(b"\n", end) + 1
+        quotes += raw.count(b'"', start, end)
+        if quotes % 2 == 0:
+            return end
+
+
+def _last_record_end(raw: bytes) -> int:
+    """The offset behind the last whole record of `raw`, 0 where there is none.
+
+    `raw` begins outside quotes, so a line break behind an even number of quotes ends a record.
+    """
+    end = raw.rfind(b"\n") + 1
+    odd = raw.count(b'"', 0, end) % 2
+    while odd:
+        before = raw.rfind(b"\n", 0, end - 1) + 1
+        odd = (odd + raw.count(b'"', before, end)) % 2
+        end = before
+    return end
+
+
+class Key:
+    """The columns that identify a row, in sort order; those of `:int` sort as numbers."""
+
+    def __init__(self, spec: Sequence[str] | None, columns: Row, shown: str) -> None:
+        spec = spec or columns
+        self.names = tuple(name.removesuffix(":int") for name in spec)
+        missing = [name for name in self.names if name not in columns]
+        if missing:
+            raise DataError(
+                f"{shown}: the key column '{missing[0]}' is not in the header "
+                f"({', '.join(map(one_line, columns))})",
+                "correct key=, or the name of the column in the query",
+            )
+        self.indexes = tuple(columns.index(name) for name in self.names)
+        self._numeric = tuple(name.endswith(":int") for name in spec)
+        self._whole_row = self.indexes == tuple(range(len(columns)))
+        # Where the key is the first columns as text, the keys of a block can be taken at once.
+        prefix = self.indexes == tuple(range(len(self.indexes))) and not any(self._numeric)
+        pattern = rb"(" + rb"[^\0]*\0" * len(self.indexes) + rb").*\n"
+        self._pattern = re.compile(pattern) if prefix and not self._whole_row else None
+        self._whole_row = self._whole_row and prefix
+
+    def of(self, row: bytes) -> tuple[bytes | int, ...]:
+        """What a row is compared by; raises ValueError where a number is none."""
+        fields = row.split(b"\0")
+        return tuple(
+            _whole_number(fields[index]) if numeric else fields[index].replace(_BREAK, b"\n")
+            for index, numeric in zip(self.indexes, self._numeric, strict=True)
+        )
+
+    def of_block(self, data: bytes) -> Sequence[Any]:
+        """The keys of a block's rows, comparable with each other."""
+        rows = data[:-1].split(b"\n") if self._pattern is None or _BREAK in data else []
+        if _BREAK not in data:
+            if self._pattern:
+                return self._pattern.findall(data)
+            if self._whole_row:
+                return rows
+        return [self.of(row) for row in rows]
+
+    def show(self, row: bytes) -> str:
+        """A row's key for a message: `studentNumber=1001, startDate=2026-01-15`."""
+        return show_key(self.names, [decode_row(row)[index] for index in self.indexes])
+
+
+def show_key(names: Sequence[str], values: Sequence[str]) -> str:
+    return ", ".join(f"{one_line(n)}={one_line(v)}" for n, v in zip(names, values, strict=True))
+
+
+def _whole_number(field: bytes) -> int:
+    if not re.fullmatch(rb"-?[0-9]{1,40}", field):
+        raise ValueError
+    return int(field)
+
+
+class SortedRows:
+    """The rows of a CSV file one after another, in a window of bytes, their order checked.
+
+    With `check_blocks` the order is checked as a block is read; else as rows are taken.  `skip`
+    then looks at the first of its rows alone: the others are known to equal checked ones.
+    """
+
+    def __init__(
+        self, csv_file: CsvFile, blocks: Iterator[Block], key: Key, *, check_blocks: bool
+    ) -> None:
+        self.csv_file, self.key = csv_file, key
+        self.data, self.position = b"", 0
+        self.rows = 0  # read so far
+        self._blocks, self._check_blocks = blocks, check_blocks
+        self._block = self._last_block = Block(b"", 0, 0)
+        self._last: bytes | None = None  # The row before `position`, in `_last_block` at `_start`.
+        self._start = 0
+
+    def fill(self) -> bool:
+        """Make sure that a row stands at `position`; False at the end of the file."""
+        if self.position < len(self.data):
+            return True
+        block = next(self._blocks, None)
+        if block is None:
+            return False
+        self._remember_last()
+        self._block, self.data, self.position = block, block.data, 0
+        self.rows += block.rows
+        if self._check_blocks:
+            self._check_block()
+        return True
+
+    def peek(self) -> bytes:
+        return self.data[self.position : self.data.index(b"\n", self.position)]
+
+    def take(self, row: bytes) -> None:
+        """Go behind the row that `peek` gave."""
+        if not self._check_blocks:
+            self._check_next(row)
+        self.position += len(row) + 1
+
+    def skip(self, end: int) -> None:
+        """Go to `end`, behind whole rows that equal those of the other file."""
+        if not self._check_blocks:
+            self._check_next(self.peek())
+        self.position = end
+
+    def key_of(self, row: bytes) -> tuple[bytes | int, ...]:
+        try:
+            return self.key.of(row)
+        except ValueError:
+            line = self._block.line_at(max(0, self.data.find(row)))
+            raise not_a_number(self.csv_file, self.key, row, line) from None
+
+    def _remember_last(self) -> None:
+        if self.position:
+            self._last_block = self._block
+            self._start = self.data.rfind(b"\n", 0, self.position - 1) + 1
+            self._last = self.data[self._start : self.position - 1]
+
+    def _check_next(self, row: bytes) -> None:
+        """The row at `position` against the one before it."""
+        self._remember_last()
+        if self._last is not None and not self.key_of(self._last) < self.key_of(row):
+            line = self._last_block.line_at(self._start)
+            self._refuse(self._last, line, row, self._block.line_at(self.position))
+
+    def _check_block(self) -> None:
+        self._check_next(self.peek())
+        try:
+            keys = self.key.of_block(self.data)
+        except ValueError:
+            for row in self.data[:-1].split(b"\n"):
+                self.key_of(row)
+            raise
+        if all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
+            return
+        rows = self.data[:-1].split(b"\n")
+        index = next(i for i in range(1, len(rows)) if not keys[i - 1] < keys[i])
+        before, row = rows[index - 1 : index + 1]
+        offset = sum(len(row) + 1 for row in rows[: index - 1])
+        line = self._block.line_at(offset)
+        self._refuse(before, line, row, self._block.line_at(offset + len(before) + 1))
+
+    def _refuse(self, before: bytes, line_before: int, row: bytes, line: int) -> NoReturn:
+        if self.key_of(before) == self.key_of(row):
+            raise duplicate_key(self.csv_file, self.key, row, line_before, line)
+        raise DataError(
+            f"{self.csv_file.shown}:{line}: not sorted: line {line_before} has the key "
+            f"{self.key.show(before)}, line {line} has {self.key.show(row)}",
+            "sort by the key, compared as code points (on SQL Server: ORDER BY ... COLLATE "
+            'Latin1_General_BIN2), or set sort="true"',
+        )
+
+
+def sorted_blocks(csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> Iterator[Block]:
+    """The same rows in the order of their keys, in bounded memory; a key twice is an error.
+
+    Sorted runs go to temporary files beside the input and are merged; each row carries its line.
+    """
+    import tempfile
+
+    with contextlib.ExitStack() as stack:
+        runs: list[IO[bytes]] = []
+        for numbered_rows in _numbered_rows(blocks):
+            try:
+                numbered_rows.sort(key=key.of)
+            except ValueError:
+                _refuse_number(csv_file, key, numbered_rows)
+            with local_errors(csv_file.path):
+                run = stack.enter_context(tempfile.TemporaryFile(dir=csv_file.path.parent))
+                run.writelines(numbered_rows)
+                run.seek(0)
+            runs.append(run)
+        data, rows, before, line_before = bytearray(), 0, b"", 0
+        for numbered in heapq.merge(*runs, key=key.of):
+            row, line = _split_number(numbered)
+            if line_before and key.of(before) == key.of(row):
+                raise duplicate_key(csv_file, key, row, line_before, line)
+            before, line_before = row, line
+            data += row + b"\n"
+            rows += 1
+            if len(data) >= BLOCK_BYTES:
+                yield Block(bytes(data), 0, rows)
+                data, rows = bytearray(), 0
+        if data:
+            yield Block(bytes(data), 0, rows)
+
+
+def _numbered_rows(blocks: Iterator[Block]) -> Iterator[list[bytes]]:
+    """Rows with their line as one more field, as many as may be sorted in memory at a time."""
+    rows: list[bytes] = []
+    size = 0
+    for block in blocks:
+        line = block.line
+        for row in block.data[:-1].split(b"\n"):
+            rows.append(b"%b\0%d\n" % (row, line))
+            line += 1 + row.count(_BREAK)
+        size += len(block.data)
+        if size >= SORT_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _split_number(numbered: bytes) -> tuple[bytes, int]:
+    row, _, line = numbered[:-1].rpartition(b"\0")
+    return row, int(line)
+
+
+def _refuse_number(csv_file: CsvFile, key: Key, rows: list[bytes]) -> NoReturn:
+    for numbered in rows:
+        row, line = _split_number(numbered)
+        try:
+            key.of(row)
+        except ValueError:
+            raise not_a_number(csv_file, key, row, line) from None
+    raise AssertionError("every key is a number")
+
+
+def not_a_number(csv_file: CsvFile, key: Key, row: bytes, line: int) -> DataError:
+    return DataError(
+        f"{csv_file.shown}:{line}: the key {key.show(row)} is no whole number where :int asks "
+        "for one",
+        "correct the value, or drop :int from the key",
+    )
+
+
+def duplicate_key(
+    csv_file: CsvFile, key: Key, row: bytes, line_before: int, line: int
+) -> DataError:
+    return DataError(
+        f"{csv_file.shown}:{line}: lines {line_before} and {line} have the same key "
+        f"{key.show(row)}",
+        "add the column that tells them apart to key=, or let the source give one row a key",
+    )
+
+
+@contextlib.contextmanager
+def csv_writer(path: Path) -> Iterator[Callable[[Iterable[Sequence[object]]], None]]:
+    """Write a CSV file as RFC 4180 wants it; yields a function that takes rows."""
+    with new_file(path) as binary:
+        text = csv_text(binary)
+        yield csv.writer(text).writerows
+        text.flush()
+        text.detach()
+
+
+def csv_text(binary: BinaryIO) -> io.TextIOWrapper:
+    """The text layer under a csv.writer, which itself writes the CR LF of RFC 4180."""
+    return io.TextIOWrapper(binary, encoding="utf-8", newline="")
+
+
+# ---------------------------------------------------------------------- stage: download
+
+
+def download(
+    sftp: Sftp, settings: SftpSettings, folder: Path, tick: Tick, cancelled: threading.Event
+) -> str:
+    """Fetch the newest complete extract into `folder`; returns its epoch.
+
+    Raises TransferError, and HeldError where the extract is older than `maxAgeHours`.
+    """
+    attempts = itertools.count()
+
+    def track(size: int) -> None:
+        if cancelled.is_set():
+            raise CancelledError("download")
+        tick(size)
+
+    def attempt() -> str:
+        sftp.connect()
+        epoch, files = newest_extract(sftp, settings)
+        ahead = next(attempts) % 2 == 0  # Servers that choke on it get every other attempt.
+        for entry in files:
+            path = f"{settings.download_directory}/{epoch}/{entry.name}"
+            _download_file(sftp.read(path, entry.size, ahead=ahead), folder, entry, track)
+        log.info("downloaded %s of epoch %s", plural(len(files), "file"), epoch)
+        return epoch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return retried(attempt, cancelled)
+    finally:
+        sftp.close()  # The database may work for hours before the connection is needed again.
+
+
+def newest_extract(sftp: Sftp, settings: SftpSettings) -> tuple[str, list[RemoteEntry]]:
+    """The newest epoch that is complete, and its CSV files, their names and sizes checked."""
+    top = settings.download_directory
+    where = f"{sftp.where}: {top}"
+    entries = sftp.listing(top)
+    epochs = [e.name for e in entries if e.is_directory and EPOCH.fullmatch(e.name)]
+    if not epochs:
+        raise TransferError(
+            f"{where}: holds no epoch directory (YYYYMMDD-HHMMSS)",
+            "correct downloadDirectory on <SFTP>, or ask SameGoal whether the export is scheduled",
+        )
+    for epoch in reversed(epochs):
+        files = sftp.listing(f"{top}/{epoch}")
+        complete = any(e.name == COMPLETE and e.is_file for e in files)
+        if complete or not settings.require_complete:
+            break
+        log.warning("%s/%s: passed over: it has no %s file", where, epoch, COMPLETE)
+    else:
+        raise TransferError(
+            f"{where}: none of {plural(len(epochs), 'epoch')} has a {COMPLETE} file",
+            'wait until the export is finished, or ask SameGoal; requireComplete="false" on '
+            "<SFTP> takes an epoch without it",
+        )
+    _check_names(f"{where}/{epoch}", files)
+    _check_age(f"{where}/{epoch}", files, settings.max_age_hours)
+    return epoch, [e for e in files if e.is_file and e.name.lower().endswith(".csv")]
+
+
+def _check_names(where: str, entries: list[RemoteEntry]) -> None:
+    """Refuse what only a broken or hostile server lists: a name is about to become a local file."""
+    seen: set[str] = set()
+    for entry in entries:
+        problem = unsafe_name(entry.name)
+        if not problem and not entry.is_file and not entry.is_directory:
+            problem = "is neither a file nor a directory (a link, perhaps)"
+        if not problem and entry.name.lower() in seen:
+            problem = "differs from another one only in capitals"
+        if problem:
+            raise TransferError(
+                f"{where}: the server lists the name '{one_line(entry.name)[:200]}', which "
+                f"{problem}; nothing was downloaded",
+                "ask the server's operator; no name of that kind belongs into an extract",
+            )
+        seen.add(entry.name.lower())
+
+
+def _check_age(where: str, entries: list[RemoteEntry], max_age_hours: int) -> None:
+    newest = max((entry.modified for entry in entries if entry.is_file), default=0.0)
+    hours = (time.time() - newest) / 3600
+    if max_age_hours and hours > max_age_hours:
+        raise HeldError(
+            f"{where}: the newest complete extract is {hours:,.0f} hours old, more than "
+            f"maxAgeHours={max_age_hours}; nothing was written",
+            "ask SameGoal why no newer extract was made, or raise maxAgeHours on <SFTP> "
+            "(0 switches this off)",
+        )
+
+
+def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, tick: Tick) -> None:
+    target = folder / entry.name
+    if target.is_file() and target.stat().st_size == entry.size:
+        return  # An earlier attempt of this run has brought it.
+    free = shutil.disk_usage(folder).free
+    if entry.size > free:
+        raise Error(
+            f"{target}: {entry.size:,} bytes are announced, {free:,} are free on this disk",
+            "free some space; if the size is absurd, ask the server's operator",
+        )
+    with new_file(target) as file:
+        for block in blocks:
+            file.write(block)
+            tick(len(block))
+
+
+# ---------------------------------------------------------------------- stage: export
+
+
+def export(database: Database, diff: SqlDiff, path: Path, tick: Tick) -> int:
+    """Stream the rows of a SQLDiff's query into a CSV file; returns how many."""
+    subject = f"{path.parent.name}/{path.name}: the query (config.xml:{diff.line})"
+    count = write_query(database, subject, diff.query, path, tick, diff.date_format)
+    database.rollback()  # Nothing was changed; let go of what reading may have locked.
+    return count
+
+
+def write_query(
+    database: Database, subject: str, sql: str, path: Path, tick: Tick, date_format: str | None
+) -> int:
+    """Write the rows of a query as CSV, header first; returns how many."""
+    columns, blocks = database.query(subject, sql)
+    count = 0
+    with csv_writer(path) as write:
+        write([columns])
+        for rows in blocks:
+            write([_texts(row, date_format) for row in rows])
+            count += len(rows)
+            tick(len(rows))
+    return count
+
+
+def _texts(row: Sequence[object], date_format: str | None) -> list[object]:
+    """The values of a row as csv.writer will spell them; it knows str, int and None itself."""
+    return [v if v.__class__ in _PLAIN else to_text(v, date_format) for v in row]
+
+
+_PLAIN = (str, int, type(None))
+
+
+def to_text(value: object, date_format: str | None = None) -> str:
+    """A database value as text, always in one way.
+
+    Dates are ISO 8601 or `date_format`, decimals plain without exponent, bits 0 or 1, NULL is
+    empty, binary is hexadecimal.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    if isinstance(value, datetime.date):  # a datetime, too
+        return value.strftime(date_format) if date_format else value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return f"{value:f}"
+    if isinstance(value, float):
+        return f"{decimal.Decimal(repr(value)):f}".removesuffix(".0")
+    if isinstance(value, (bytes, bytearray)):
+        return value.hex()
+    return str(value)
+
+
+# ---------------------------------------------------------------------- stage: diff
+
+
+INSERT, UPDATE, DELETE = "insert", "update", "delete"
+OPERATIONS = (DELETE, UPDATE, INSERT)  # In this order they are applied: a key may be freed first.
+
+Change = tuple[str, bytes, bytes]  # operation, canonical row before, canonical row after
+
+
+@dataclasses.dataclass
+class Counts:
+    """What one comparison found."""
+
+    rows: int = 0  # of the source
+    database_rows: int = 0
+    insert: int = 0
+    update: int = 0
+    delete: int = 0
+    headless: bool = False  # The source has 0 bytes, not even a header.
+
+    def of(self, operation: str) -> int:
+        return int(getattr(self, operation))
+
+    def __str__(self) -> str:
+        return f"{self.insert:,} inserted, {self.update:,} updated, {self.delete:,} deleted"
+
+
+def diff(source: Path, database: Path, changes: BinaryIO, spec: SqlDiff) -> Counts:
+    """Compare two sorted CSV files; write what makes `database` equal to `source`.
+
+    `changes` gets one line a change: `operation`, then every column before (`before_name`), then
+    every column after (`after_name`).  Memory is bounded whatever the size.  Raises DataError.
+    """
+    shown = [f"{path.parent.name}/{path.name}" for path in (source, database)]
+    with CsvFile(source, shown[0]) as ours, CsvFile(database, shown[1]) as theirs:
+        columns = ours.columns or theirs.columns
+        check_columns(ours, theirs)
+        key = Key(spec.key, columns, shown[1])
+        sides = []
+        for file in (ours, theirs):
+            blocks = file.blocks(spec.trim, spec.null_text)
+            if spec.sort:
+                blocks = sorted_blocks(file, blocks, key)
+            sides.append(SortedRows(file, blocks, key, check_blocks=file is ours))
+        counts = Counts(headless=not ours.columns)
+        text = csv_text(changes)
+        write = csv.writer(text).writerow
+        write(["operation", *(f"before_{c}" for c in columns), *(f"after_{c}" for c in columns)])
+        nothing = ("",) * len(columns)
+        for operation, before, after in merge(*sides):
+            setattr(counts, operation, counts.of(operation) + 1)
+            row_before = decode_row(before) if before else nothing
+            write([operation, *row_before, *(decode_row(after) if after else nothing)])
+        text.detach()
+        counts.rows, counts.database_rows = sides[0].rows, sides[1].rows
+    return counts
+
+
+def check_columns(source: CsvFile, database: CsvFile) -> None:
+    """Both sides must have the same columns in the same order; a source of 0 bytes has none."""
+    ours, theirs = source.columns, database.columns
+    if not theirs:
+        raise DataError(f"{database.shown}: is empty, it has not even a header", "export it again")
+    if not ours or ours == theirs:
+        return
+    missing = [name for name in theirs if name not in ours]
+    extra = [name for name in ours if name not in theirs]
+    if missing or extra:
+        what = "; ".join(
+            f"{words} {', '.join(map(one_line, names))}"
+            for words, names in (("lacks", missing), ("has besides", extra))
+            if names
+        )
+    else:
+        moved = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        what = (
+            f"has them in another order: column {moved + 1} is {one_line(ours[moved])}, not "
+            f"{one_line(theirs[moved])}"
+        )
+    raise DataError(
+        f"{source.shown}:1: the columns differ from those of {database.shown}: it {what}",
+        "let the SELECT give the columns that SameGoal's file has, in its order, or ask SameGoal "
+        "whether the form was changed",
+    )
+
+
+def merge(source: SortedRows, database: SortedRows) -> Iterator[Change]:
+    """The changes that make `database` equal to `source`, in the order of their keys.
+
+        source     database     change
+        1,a        1,a          -
+        2,b        2,x          update  2,x  2,b
+        3,c                     insert       3,c
+                   4,d          delete  4,d
+
+    Stretches of equal rows are equal bytes: they are found by comparing memory and passed over
+    without looking at a single row.  So the order of the database's rows needs checking only where
+    they differ from the source's, whose order is checked block by block.
+    """
+    while source.fill() and database.fill():
+        same = common_prefix(source.data, source.position, database.data, database.position)
+        end = source.data.rfind(b"\n", source.position, source.position + same) + 1
+        if end:
+            length = end - source.position
+            source.skip(end)
+            database.skip(database.position + length)
+            continue
+        ours, theirs = source.peek(), database.peek()
+        our_key, their_key = source.key_of(ours), database.key_of(theirs)
+        if our_key < their_key:
+            source.take(ours)
+            yield INSERT, b"", ours
+        elif our_key > their_key:
+            database.take(theirs)
+            yield DELETE, theirs, b""
+        else:
+            source.take(ours)
+            database.take(theirs)
+            yield UPDATE, theirs, ours
+    while source.fill():
+        source.take(ours := source.peek())
+        yield INSERT, b"", ours
+    while database.fill():
+        database.take(theirs := database.peek())
+        yield DELETE, theirs, b""
+
+
+def common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
+    """How many bytes of `a` from `i` on equal those of `b` from `j` on."""
+    limit = min(len(a) - i, len(b) - j)
+    same, step = 0, 256
+    while same < limit:
+        left, right = a[i + same : i + same + step], b[j + same : j + same + step]
+        if len(left) != len(right):
+            left, right = left[: limit - same], right[: limit - same]
+        if left == right:
+            same += len(left)
+            step = min(4 * step, 1 << 16)
+        elif step > 256:
+            step //= 8
+        else:
+            difference = int.from_bytes(left, "big") ^ int.from_bytes(right, "big")
+            return same + len(left) - (difference.bit_length() + 7) // 8
+    return same
+
+
+# ---------------------------------------------------------------------- stage: limits
+
+
+def check_limits(found: Sequence[tuple[SqlDiff, Counts]], limits: Limits, *, force: bool) -> None:
+    """Raise HeldError where a file has more changes than its limits allow, naming every one.
+
+    A source without rows is held whatever the limits, while the database has rows.
+    """
+    reasons = []
+    for spec, counts in found:
+        if not counts.rows and counts.database_rows:
+            what = "is empty" if counts.headless else "holds a header and no rows"
+            reasons.append(
+                f"{spec.file}: the file from SameGoal {what}, the database has "
+                f"{plural(counts.database_rows, 'row')}: all would be deleted"
+            )
+            continue
+        for operation, limit in (
+            (DELETE, spec.max_deletes or limits.max_deletes),
+            (UPDATE, spec.max_updates or limits.max_updates),
+        ):
+            changes = counts.of(operation)
+            if not limit.allows(changes, counts.database_rows):
+                name = "maxDeletes" if operation == DELETE else "maxUpdates"
+                reasons.append(
+                    f"{spec.file}: {plural(changes, operation)} of "
+                    f"{plural(counts.database_rows, 'row')}, {name} is {limit}"
+                )
+    if not reasons:
+        return
+    for reason in reasons:
+        log.warning("%s", reason)
+    if any(counts.headless for _, counts in found):
+        force = False  # Without a header it is no extract at all.
+    if not force:
+        raise HeldError(
+            "held, nothing was written: " + "; ".join(reasons),
+            "look at the files in diff/ of this run; if they are right, run again with --force, "
+            "else correct the source",
+        )
+    log.warning("the limits are skipped (--force)")
+
+
+# ---------------------------------------------------------------------- stage: apply
+
+
+class Failures:
+    """failures.csv: the rows that the database refused, made with the first of them."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path, self.limit, self.count = path, limit, 0
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Failures:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def add(self, operation: str, key: str, procedure: str, error: DatabaseError) -> None:
+        with local_errors(self.path):
+            if self._file is None:
+                self._file = self.path.open("w", encoding="utf-8", newline="")
+                csv.writer(self._file).writerow(["operation", "key", "procedure", "error"])
+            csv.writer(self._file).writerow([operation, key, procedure, error.message])
+            self._file.flush()
+        self.count += 1
+        log.error("%s of %s failed: %s: %s", operation, key, procedure, error.message)
+        if self.count > self.limit:
+            raise DatabaseError(
+                f"stopped: more than maxFailures={self.limit} rows failed; the last one: "
+                f"{operation} of {key}: {procedure}: {error.message}",
+                f"look at {self.path.name}; what was written stays, and a next run goes on from it",
+            )
+
+
+class Applier:
+    """Calls one procedure (or statement) for the rows of one operation, batch by batch."""
+
+    def __init__(self, database: Database, spec: SqlDiff, operation: str, failures: Failures):
+        self.database, self.operation, self.failures = database, operation, failures
+        self.spec, self.call = spec, spec.calls[operation]
+
+    def bind(self, columns: Row) -> None:
+        """Settle which columns are passed; raises ConfigError for one that does not exist."""
+        names = self.call.parameters
+        key = tuple(name.removesuffix(":int") for name in self.spec.key or columns)
+        if names is None:
+            names = key if self.operation == DELETE else columns
+        for name in names:
+            if name not in columns:
+                raise ConfigError(
+                    f"config.xml:{self.spec.line}: <{self.operation.title()}> of {self.spec.file}: "
+                    f"parameters= names '{name}', which is no column of the file",
+                    f"the columns are {', '.join(map(one_line, columns))}",
+                )
+        self.key_names, self._key = key, [columns.index(name) for name in key]
+        self._indexes = [columns.index(name) for name in names]
+
+    def apply(self, rows: Sequence[Row]) -> None:
+        """One batch in one transaction; where that fails, each row in one of its own."""
+        try:
+            retried(lambda: self._batch(rows))
+        except DatabaseError as error:
+            if len(rows) > 1:
+                log.info("%s: a batch of %d was undone, its rows are tried one by one: %s",
+                         self.spec.file, len(rows), self._masked(error, rows).message)  # fmt: skip
+        else:
+            return
+        for row in rows:
+            self._single(row)
+
+    def _single(self, row: Row) -> None:
+        try:
+            retried(lambda: self._batch([row]))
+        except DatabaseError as error:
+            masked = self._masked(error, [row])
+            key = show_key(self.key_names, [row[i] for i in self._key])
+            if error.transient or is_not_about_the_row(error):
+                raise DatabaseError(
+                    f"{self.spec.file}: {self.operation} of {key}: {masked.message}",
+                    masked.remedy,
+                    sqlstate=error.sqlstate,
+                ) from error
+            self.failures.add(self.operation, key, self.call.procedure or "SQL", masked)
+
+    def _batch(self, rows: Sequence[Row]) -> None:
+        """All rows in one transaction; it is rolled back whole at the first error."""
+        database = self.database
+        database.connect()
+        name = self.call.procedure or f"the statement of <{self.operation.title()}>"
+        call = self.call.statement.rstrip("; \n\t")
+        call = call or database.call_text(str(self.call.procedure), len(self._indexes))
+        size = database.calls_per_statement(len(self._indexes))
+        try:
+            for part in batched(rows, size):
+                values = [row[index] or None for row in part for index in self._indexes]
+                database.execute(name, ";\n".join([call] * len(part)), values)
+            database.commit()
+        except BaseException:
+            database.rollback()
+            raise
+
+    def _masked(self, error: DatabaseError, rows: Sequence[Row]) -> DatabaseError:
+        """The error without what it quotes of the rows: only the key may be told."""
+        key = {row[i] for row in rows for i in self._key}
+        told = {one_line(value) for row in rows for value in row} - key
+        message = error.message
+        for value in sorted(told, key=len, reverse=True):
+            if len(value) > 1 and value in message:
+                message = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "...", message)
+        return DatabaseError(message, error.remedy, sqlstate=error.sqlstate)
+
+
+def is_not_about_the_row(error: DatabaseError) -> bool:
+    """Whether the next row would fail in the same way: no such procedure, no right, no answer."""
+    return error.sqlstate in (_NO_PROCEDURE | {"HYT00"}) or bool(
+        re.search(r"(?i)could not find stored procedure|permission was denied", error.message)
+    )
+
+
+def apply(
+    database: Database, spec: SqlDiff, changes: Path, counts: Counts, failures: Failures, tick: Tick
+) -> None:
+    """Call the procedures of a SQLDiff for the rows of its diff file: deletes, updates, inserts.
+
+    The diff file is the evidence, and just what it holds is applied.
+    """
+    for operation in OPERATIONS:
+        if not counts.of(operation):
+            continue
+        if operation not in spec.calls:
+            log.info(
+                "%s: %s left alone: there is no <%s>",
+                spec.file, plural(counts.of(operation), operation), operation.title(),
+            )  # fmt: skip
+            continue
+        with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
+            records = csv.reader(file)
+            width = len(next(records)) // 2
+            file.seek(0)
+            records = csv.reader(file)
+            header = next(records)
+            columns = tuple(name.removeprefix("before_") for name in header[1 : width + 1])
+            applier = Applier(database, spec, operation, failures)
+            applier.bind(columns)
+            begin = 1 if operation == DELETE else 1 + width
+            rows = (tuple(r[begin : begin + width]) for r in records if r[0] == operation)
+            for batch in batched(rows, database.settings.batch_size):
+                applier.apply(batch)
+                tick(len(batch))
+
+
+# ---------------------------------------------------------------------- stage: statements
+
+
+def run_statements(
+    database: Database, statements: Sequence[Statement], folder: Path, tick: Tick
+) -> dict[str, int]:
+    """Run the Upload element's statements in order; returns the rows of each file they made.
+
+    Each is a transaction of its own, read to its last result set.
+    """
+    made: dict[str, int] = {}
+    for number, statement in enumerate(statements, 1):
+        subject = f"statement {number} of <Upload> (config.xml:{statement.line})"
+        sql = database.spelled(statement.sql)
+        if statement.file:
+            subject = f"{subject}, {statement.file}"
+            path = folder / statement.file
+            made[statement.file] = write_query(database, subject, sql, path, tick, None)
+            database.drain(subject)
+        else:
+            database.execute(subject, sql)
+        database.commit()
+        log.info("%s: done", subject)
+    return made
+
+
+# ---------------------------------------------------------------------- stage: push
+
+
+def push(sftp: Sftp, upload_directory: str, folder: Path, tick: Tick) -> None:
+    """Upload a run's folder; the empty COMPLETE, last, tells SameGoal that it is whole.
+
+    Without it an epoch is not processed; with it, SameGoal may move the epoch away at once.
+    """
+    target = f"{upload_directory}/{folder.name}"
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != PART)
+    files.sort(key=lambda path: path.name in (SUMMARY_NAME, LOG_NAME))  # They grow to the last.
+    state = {"made": False, "sent": False, "marked": False}
+
+    def attempt() -> None:
+        sftp.connect()
+        if not state["made"] and sftp.exists(target):
+            raise TransferError(
+                f"{sftp.where}: {target}: is there already, perhaps by another installation",
+                "run again: each run has an epoch of its own; let two homes start a minute apart",
+            )
+        state["made"] = True
+        if not state["sent"]:
+            _push_files(sftp, target, folder, files, tick)
+            state["sent"] = True
+        # A connection that broke after the marker was asked for leaves open whether it was made.
+        taken = state["marked"] and not sftp.exists(target)
+        if not taken and not (state["marked"] and sftp.exists(f"{target}/{COMPLETE}")):
+            state["marked"] = True
+            sftp.mark(f"{target}/{COMPLETE}")
+
+    retried(attempt)
+    log.info("pushed %s to %s", plural(len(files), "file"), target)
+
+
+def _push_files(sftp: Sftp, target: str, folder: Path, files: Sequence[Path], tick: Tick) -> None:
+    sftp.make_directory(target)
+    directories = {parent for path in files for parent in path.relative_to(folder).parents}
+    for directory in sorted(directories - {Path()}):
+        sftp.make_directory(f"{target}/{directory.as_posix()}")
+    for path in files:
+        with local_errors(path):
+            file = path.open("rb")
+        with file:
+            tick(sftp.write(f"{target}/{path.relative_to(folder).as_posix()}", file))
+
+
+# ---------------------------------------------------------------------- stage: prune
+
+
+def prune(history: Path, keep: int, current: Path) -> int:
+    """Delete all but the newest `keep` runs, never `current`; returns how many.
+
+    Takes only directories whose name is an epoch, and follows no link.
+    """
+    runs = sorted(
+        (p for p in history.iterdir() if EPOCH.fullmatch(p.name) and _is_real_directory(p)),
+        key=lambda path: (path == current, path.name),  # The clock may have been set back.
+        reverse=True,
+    )
+    pruned = 0
+    for path in runs[keep:]:
+        try:
+            shutil.rmtree(path)
+            pruned += 1
+        except OSError as error:
+            log.warning("%s: an old run cannot be deleted: %s", path, error.strerror)
+    if pruned:
+        log.info("deleted %s older than the newest %d", plural(pruned, "run"), keep)
+    return pruned
+
+
+def _is_real_directory(path: Path) -> bool:
+    """A directory itself, not a link or a Windows junction to one."""
+    import stat
+
+    found = path.lstat()
+    reparse = getattr(found, "st_file_attributes", 0) & 0x400  # FILE_ATTRIBUTE_REPARSE_POINT
+    return stat.S_ISDIR(found.st_mode) and not reparse
+
+
+# ---------------------------------------------------------------------- runs: run_sync
+
+
+class Display:
+    """A progress line a stage on a terminal; nothing elsewhere: there the log lines tell."""
+
+    def __init__(self, terminal: bool) -> None:
+        self._terminal = terminal
+        self._progress: rich.progress.Progress | None = None
+
+    def __enter__(self) -> Display:
+        if self._terminal:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                TaskProgressColumn,
+                TextColumn,
+                TimeElapsedColumn,
+            )
+
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Tick]:
+        """One stage; the function it yields is told how much more of `total` is done."""
+        progress = self._progress
+        if progress is None:
+            yield lambda _: None
+            return
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)
+        done = progress.tasks[task].completed or 1
+        progress.update(task, total=done, completed=done)
+
+
+class Run:
+    """One invocation: its folder, its log, its summary."""
+
+    def __init__(self, history: Path, command: str) -> None:
+        self.history, self.folder = history, _new_epoch(history)
+        self.epoch = self.folder.name
+        self._began = time.monotonic()
+        self.failed = 0
+        self.summary: dict[str, Any] = {
+            "command": command,
+            "version": __version__,
+            "epoch": self.epoch,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "outcome": "running",
+            "exit_code": None,
+            "message": "",
+            "seconds": 0.0,
+            "files": [],
+        }
+
+    def conclude(self, outcome: str, exit_code: int, message: str) -> None:
+        """Settle the outcome and write summary.json."""
+        self.summary |= {
+            "outcome": outcome,
+            "exit_code": exit_code,
+            "message": redact(message),
+            "seconds": round(time.monotonic() - self._began, 3),
+        }
+        with new_file(self.folder / SUMMARY_NAME) as file:
+            file.write(json.dumps(self.summary, indent=1).encode("ascii") + b"\n")
+
+
+def _new_epoch(history: Path) -> Path:
+    """Make the folder of this run; a second run in the same second waits for the next one."""
+    with local_errors(history):
+        history.mkdir(mode=0o700, exist_ok=True)
+        while True:
+            folder = history / time.strftime("%Y%m%d-%H%M%S")
+            try:
+                folder.mkdir(mode=0o700)
+                return folder
+            except FileExistsError:
+                time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def open_run(options: argparse.Namespace) -> Iterator[Run]:
+    """Make the run's folder and log before anything else; however it ends, both tell of it."""
+    run = Run(options.home / "history", options.command)
+    with local_errors(run.folder / LOG_NAME):
+        handler = logging.FileHandler(run.folder / LOG_NAME, encoding="utf-8")
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)-7s %(message)s"))
+    handler.setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.INFO)
+    log.addHandler(handler)
+    try:
+        log.info("sgsync %s %s, run %s", __version__, options.command, run.epoch)
+        yield run
+    except BaseException as error:
+        code, outcome = exit_code_of(error), outcome_of(error)
+        record = logging.LogRecord(
+            log.name, logging.ERROR, "", 0, "%s", (describe(error),),
+            None if isinstance(error, (Error, KeyboardInterrupt)) else sys.exc_info(),
+        )  # fmt: skip
+        handler.handle(record)  # The console is told by main.
+        with contextlib.suppress(Error):
+            run.conclude(outcome, code, describe(error))
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+        if options.json and sys.stdout is not None:
+            print(json.dumps(run.summary), flush=True)
+
+
+@contextlib.contextmanager
+def only_run(run: Run, name: str) -> Iterator[None]:
+    """Hold the lock of this home; raises BusyError, naming the process that has it.
+
+    The operating system frees the lock of a process that dies.
+    """
+    import filelock
+
+    holder = run.history / f"{name}.lock.json"
+    lock = filelock.FileLock(run.history / f"{name}.lock", timeout=0)
+    try:
+        with local_errors(run.history / f"{name}.lock"):
+            lock.acquire()
+    except filelock.Timeout:
+        who = "a process that is just starting"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = json.loads(holder.read_text(encoding="utf-8"))
+            who = f"process {found['pid']}, since {found['since']} (run {found['epoch']})"
+        raise BusyError(
+            f"another {name} run is active in this home: {who}; nothing was done",
+            "wait for it to end; if it hangs, end that process: its lock goes with it",
+        ) from None
+    try:
+        about = {"pid": os.getpid(), "since": run.summary["started"], "epoch": run.epoch}
+        with new_file(holder) as file:
+            file.write(json.dumps(about).encode("ascii"))
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+def together(first: Callable[[], T], second: Callable[[], object], cancel: Callable[[], None]) -> T:
+    """Do both at the same time; where one fails, `cancel` makes the other one stop.
+
+    Raises what failed first.
+    """
+    from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+
+    with ThreadPoolExecutor(2) as pool:
+        futures: list[Future[Any]] = [pool.submit(first), pool.submit(second)]
+        try:
+            pending = True
+            while pending:  # in short steps: on Windows a longer wait would not notice Ctrl-C
+                done, waiting = wait(futures, 0.2, FIRST_EXCEPTION)
+                failed = [future for future in done if future.exception()]
+                pending = bool(waiting) and not failed
+        except BaseException:
+            cancel()
+            raise
+        if failed:
+            cancel()
+            raise cast("BaseException", failed[0].exception())
+    return cast("T", futures[0].result())
+
+
+def run_sync(options: argparse.Namespace) -> Run:
+    """The nightly integration; the steps are those of the README."""
+    with open_run(options) as run, only_run(run, "sync"):
+        config = load_config(options.config, "sync")
+        keep_secret(config.secrets)
+        with (
+            Display(options.terminal) as display,
+            Sftp(config.sftp, options.home) as sftp,
+            Database(config.database) as database,
+        ):
+            fetch_both_sides(config, sftp, database, run, display)
+            found = diff_files(config, run, display)
+            check_limits(found, config.limits, force=options.force)
+            if options.dry_run:
+                run.conclude("dry run", 0, sentence(found, "would be "))
+                return run
+            apply_changes(config, database, found, run, display)
+            with display.stage("statements") as tick:
+                made = run_statements(database, config.statements, run.folder, tick)
+            run.summary["statement_files"] = made
+            conclude_applied(found, run)
+            with display.stage("push") as tick:
+                push(sftp, config.sftp.upload_directory, run.folder, tick)
+            with local_errors(run.folder / COMPLETE):
+                (run.folder / COMPLETE).touch()
+        prune(run.history, config.history.keep_runs, run.folder)
+    return run
+
+
+def fetch_both_sides(
+    config: Config, sftp: Sftp, database: Database, run: Run, display: Display
+) -> None:
+    """Download SameGoal's extract and export the database's tables, both at the same time."""
+    cancelled = threading.Event()
+
+    def cancel() -> None:
+        cancelled.set()
+        sftp.close()
+        database.cancel()
+
+    def download_extract() -> str:
+        with display.stage("download") as tick:
+            return download(sftp, config.sftp, run.folder / "ia", tick, cancelled)
+
+    def export_tables() -> None:
+        retried(database.connect, cancelled)
+        for spec in config.sql_diffs:
+            with display.stage(f"export {spec.file}") as tick:
+                path = run.folder / "ic" / spec.file
+                work = functools.partial(export, database, spec, path, tick)
+                rows = retried(work, cancelled)
+            log.info("exported %s: %s", spec.file, plural(rows, "row"))
+
+    run.summary["source_epoch"] = together(download_extract, export_tables, cancel)
+
+
+def diff_files(config: Config, run: Run, display: Display) -> list[tuple[SqlDiff, Counts]]:
+    """Compare every file before the first write; one line of the summary each."""
+    found = []
+    for spec in config.sql_diffs:
+        began = time.monotonic()
+        source, database = (run.folder / side / spec.file for side in ("ia", "ic"))
+        if not source.is_file():
+            there = ", ".join(sorted(p.name for p in (run.folder / "ia").iterdir())) or "none"
+            raise DataError(
+                f"ia/{spec.file}: SameGoal's extract {run.summary['source_epoch']} has no such "
+                f"file (config.xml:{spec.line}); it has: {there}",
+                "correct file= of that <SQLDiff>, or ask SameGoal to export the file",
+            )
+        with display.stage(f"diff {spec.file}"), new_file(run.folder / "diff" / spec.file) as out:
+            counts = diff(source, database, out, spec)
+        log.info("%s: %s, of them %s", spec.file, plural(counts.rows, "row"), counts)
+        run.summary["files"].append(
+            {"file": spec.file}
+            | {k: v for k, v in dataclasses.asdict(counts).items() if k != "headless"}
+            | {"failed": 0, "seconds": round(time.monotonic() - began, 3)}
+        )
+        found.append((spec, counts))
+    return found
+
+
+def apply_changes(
+    config: Config,
+    database: Database,
+    found: Sequence[tuple[SqlDiff, Counts]],
+    run: Run,
+    display: Display,
+) -> None:
+    """Apply the changes of every file in the order of the SQLDiff elements."""
+    with Failures(run.folder / FAILURES_NAME, config.limits.max_failures) as failures:
+        for (spec, counts), line in zip(found, run.summary["files"], strict=True):
+            began, before = time.monotonic(), failures.count
+            total = sum(counts.of(operation) for operation in OPERATIONS)
+            if total:
+                changes = run.folder / "diff" / spec.file
+                with display.stage(f"apply {spec.file}", total) as tick:
+                    apply(database, spec, changes, counts, failures, tick)
+                log.info("%s: applied", spec.file)
+            line["failed"] = failures.count - before
+            line["seconds"] = round(line["seconds"] + time.monotonic() - began, 3)
+            run.failed = failures.count
+
+
+def conclude_applied(found: Sequence[tuple[SqlDiff, Counts]], run: Run) -> None:
+    """The outcome of a run that has applied everything, as it is pushed."""
+    if run.failed:
+        what = f"{plural(run.failed, 'row')} failed, see {FAILURES_NAME}; {sentence(found)}"
+        run.conclude("partial", ROWS_FAILED, what)
+    else:
+        run.conclude("complete", 0, sentence(found))
+
+
+def sentence(found: Sequence[tuple[SqlDiff, Counts]], would: str = "") -> str:
+    """The outcome in words: `3 rows inserted, 1 row updated, ...`, or that nothing differed."""
+    totals = {op: sum(counts.of(op) for _, counts in found) for op in OPERATIONS}
+    if not any(totals.values()):
+        return "nothing to do: both sides are equal"
+    rows = [
+        f"{plural(totals[operation], 'row')} {would}{participle}"
+        for operation, participle in (
+            (INSERT, "inserted"),
+            (UPDATE, "updated"),
+            (DELETE, "deleted"),
+        )
+    ]
+    return ", ".join(rows)
+
+
+# ---------------------------------------------------------------------- command line: main
+
+_SECRETS: set[str] = set()
+
+
+def keep_secret(values: Iterable[str]) -> None:
+    """Let nothing that is logged or reported from now on contain these values."""
+    _SECRETS.update(values)
+
+
+def redact(text: str) -> str:
+    for secret in sorted(_SECRETS, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+class LogFormatter(logging.Formatter):
+    """Every line of a message in printable characters, without secrets; the rest is indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = redact(super().format(record)).split("\n")
+        return "\n    ".join(line.translate(_CONTROL) for line in lines)
+
+
+def exit_code_of(error: BaseException) -> int:
+    if isinstance(error, Error):
+        return error.exit_code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+def outcome_of(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return {HeldError.exit_code: "held", BusyError.exit_code: "busy"}.get(
+        exit_code_of(error), "failed"
+    )
+
+
+def describe(error: BaseException) -> str:
+    if isinstance(error, Error):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was written so far stays, the next run goes on from it"
+    return (
+        f"unexpected error: {type(error).__name__}: {one_line(error)}\n"
+        f"Try: send {LOG_NAME} of this run to whoever maintains sgsync"
+    )
+
+
+def default_home() -> Path:
+    """The folder of the script or of the frozen executable, never the working directory."""
+    here = sys.executable if getattr(sys, "frozen", False) else __file__
+    return Path(here).resolve().parent
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--home", type=Path, metavar="DIR",
+                        help="folder with config.xml, ssh/ and history/ (default: the script's)")  # fmt: skip
+    common.add_argument("--config", type=Path, metavar="FILE",
+                        help="configuration file (default: config.xml in the home folder)")  # fmt: skip
+    common.add_argument("--verbose", action="store_true", help="log every step")
+    common.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    common.add_argument("--json", action="store_true",
+                        help="print the run's summary as one JSON object on standard output")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="sgsync.py",
+        parents=[common],
+        description="Keep a student information system in step with SameGoal.",
+        epilog="Without a command: sync. Exit codes: 0 success, 1 unexpected error, "
+        "2 configuration or usage, 3 SFTP transfer, 4 database, 5 data, 6 held by a limit, "
+        "7 another run is active, 8 finished but some rows failed, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"sgsync {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    sync = commands.add_parser("sync", parents=[common], help="the nightly integration")
+    sync.add_argument("--dry-run", action="store_true", help="stop after the diff, write nothing")
+    sync.add_argument("--force", action="store_true", help="skip the limits")
+    compare = commands.add_parser(
+        "diff", parents=[common], help="compare two CSV files",
+        description="What would have to be inserted, updated and deleted in B to make it A.",
+    )  # fmt: skip
+    compare.add_argument("source", type=Path, metavar="A.csv", help="the file that is right")
+    compare.add_argument("target", type=Path, metavar="B.csv", help="the file to be changed")
+    compare.add_argument("--key", metavar="COLS",
+                         help="columns that identify a row, in sort order: id,start or id:int "
+                         "(default: the whole row)")  # fmt: skip
+    compare.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    compare.add_argument("--sort", action="store_true", help="sort both files first")
+    compare.add_argument("--trim", action="store_true", help="drop blanks at the end of fields")
+    compare.add_argument("--null-text", metavar="TEXT", help="a field of TEXT counts as empty")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, with `sync` where no command is given."""
+    words = list(argv)
+    if not {"sync", "diff", "-h", "--help", "--version"} & set(words):
+        words.append("sync") if not words else words.insert(0, "sync")
+    options = build_parser().parse_args(words)
+    defaults = {"verbose": False, "quiet": False, "json": False, "command": "sync",
+                "home": default_home()}  # fmt: skip
+    for name, value in defaults.items():
+        if getattr(options, name, None) is None:
+            setattr(options, name, value)
+    options.home = options.home.absolute()
+    options.config = getattr(options, "config", None) or options.home / "config.xml"
+    stderr = sys.stderr
+    options.terminal = bool(stderr and stderr.isatty() and not (options.quiet or options.verbose))
+    return options
+
+
+def run_diff(options: argparse.Namespace) -> None:
+    """`sgsync.py diff`: the diff alone, on two files."""
+    try:
+        key = _key(options.key) if options.key else None
+    except ValueError as error:
+        raise ConfigError(f"--key '{one_line(options.key)}': {error}", "--key id,start") from None
+    spec = _defaults(
+        SqlDiff, file=options.source.name, key=key, sort=options.sort, trim=options.trim,
+        null_text=options.null_text,
+    )  # fmt: skip
+    for path in (options.source, options.target):
+        with local_errors(path):
+            size = path.stat().st_size
+        if not size:
+            raise DataError(f"{path}: is empty, it has not even a header", "export it again")
+    if options.output:
+        with new_file(options.output) as file:
+            counts = diff(options.source, options.target, file, spec)
+    elif sys.stdout is None:
+        raise ConfigError("there is no standard output to write to", "name a file with --output")
+    else:
+        counts = diff(options.source, options.target, sys.stdout.buffer, spec)
+    log.info("%s, %s: %s", plural(counts.rows, "row"), plural(counts.database_rows, "row"), counts)
+
+
+def report(run: Run, options: argparse.Namespace) -> None:
+    """What the console is told at the end of a run: one table and one sentence."""
+    files = run.summary["files"]
+    if options.terminal:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("file", "rows", "inserted", "updated", "deleted", "failed", "time")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for f in files:
+            counts = (f["rows"], f["insert"], f["update"], f["delete"], f["failed"])
+            table.add_row(f["file"], *(f"{count:,}" for count in counts), f"{f['seconds']:.1f} s")
+        Console(stderr=True).print(table)
+        print(_outcome_line(run), file=sys.stderr)
+    else:
+        log.info("%s", _outcome_line(run))
+
+
+def _outcome_line(run: Run) -> str:
+    s = run.summary
+    return f"{s['outcome']}: {s['message']} ({s['seconds']:.1f} s, history/{run.epoch})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.  Never raises, never waits for a key."""
+    for stream in (sys.stdout, sys.stderr):  # A console may be unable to show every character.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    except SystemExit as error:  # argparse has said why
+        return int(error.code or 0)
+    with _console_log(options), _signals():
+        try:
+            return COMMANDS[options.command](options)
+        except BrokenPipeError:  # whoever read our output has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (Exception, KeyboardInterrupt) as error:
+            log.error("%s", describe(error))
+            log.debug("", exc_info=True)
+            return exit_code_of(error)
+
+
+def sync_command(options: argparse.Namespace) -> int:
+    run = run_sync(options)
+    report(run, options)
+    return int(run.summary["exit_code"])
+
+
+def diff_command(options: argparse.Namespace) -> int:
+    run_diff(options)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "sync": sync_command,
+    "diff": diff_command,
+}
+
+
+@contextlib.contextmanager
+def _console_log(options: argparse.Namespace) -> Iterator[None]:
+    """Log to standard error, where there is one: under pythonw there is none."""
+    level = logging.DEBUG if options.verbose else logging.INFO
+    log.setLevel(level)
+    log.propagate = False
+    logging.raiseExceptions = False  # A full disk must not end the run by way of its log.
+    handler: logging.Handler = logging.NullHandler()
+    if sys.stderr is not None:
+        handler = _ConsoleHandler()
+        plain = options.command == "diff" or options.terminal
+        handler.setFormatter(LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s"))
+        quiet = options.quiet or (options.terminal and options.command != "diff")
+        handler.setLevel(logging.WARNING if quiet else level)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the time: a progress display replaces it while it runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """A request to end (kill, a closed console, a shutdown) ends the run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
+    mask = os.umask(0o077)  # What a run leaves is for its owner alone.
+    try:
+        yield
+    finally:
+        os.umask(mask)
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def wait_if_double_clicked() -> None:
+    """Keep the window of a double click on Windows open until a key is pressed.
+
+    A console that holds nobody but this program and its launchers was opened for it; unless the
+    Task Scheduler opened it, a person is looking at it.
+    """
+    if sys.platform != "win32" or not (sys.stdin and sys.stdin.isatty() and sys.stderr):
+        return
+    import ctypes
+    import msvcrt
+
+    kernel = ctypes.windll.kernel32
+    attached = (ctypes.c_uint32 * 16)()
+    count = kernel.GetConsoleProcessList(attached, len(attached))
+    parents = _windows_processes()
+    process, launchers = os.getpid(), 1
+    while (parent := parents.get(process, (0, ""))[0]) in list(attached)[:count]:
+        if not parents.get(parent, (0, ""))[1].startswith(("py", "sgsync")):
+            break
+        process, launchers = parent, launchers + 1
+    opener = parents.get(parents.get(process, (0, ""))[0], (0, ""))[1]
+    if count != launchers or opener in ("svchost.exe", "taskeng.exe", "taskhostw.exe"):
+        return
+    sys.stderr.write("\nPress any key to close this window.\n")
+    sys.stderr.flush()
+    msvcrt.getwch()
+
+
+def _windows_processes() -> dict[int, tuple[int, str]]:
+    """Process id -> (parent's id, name in small letters).
+
+    Source: Microsoft, "Taking a Snapshot and Viewing Processes" (Tool Help library).
+    """
+    import ctypes
+    from ctypes import wintypes
+
+    class ProcessEntry(ctypes.Structure):
+        _fields_ = (
+            ("size", wintypes.DWORD),
+            ("usage", wintypes.DWORD),
+            ("process", wintypes.DWORD),
+            ("heap", ctypes.c_size_t),
+            ("module", wintypes.DWORD),
+            ("threads", wintypes.DWORD),
+            ("parent", wintypes.DWORD),
+            ("priority", wintypes.LONG),
+            ("flags", wintypes.DWORD),
+            ("name", ctypes.c_wchar * 260),
+        )
+
+    kernel = cast("Any", ctypes).windll.kernel32
+    kernel.CreateToolhelp32Snapshot.restype = wintypes.HANDLE
+    snapshot = wintypes.HANDLE(kernel.CreateToolhelp32Snapshot(2, 0))
+    entry = ProcessEntry(size=ctypes.sizeof(ProcessEntry))
+    found: dict[int, tuple[int, str]] = {}
+    more = kernel.Process32FirstW(snapshot, ctypes.byref(entry))
+    while more:
+        found[entry.process] = entry.parent, entry.name.lower()
+        more = kernel.Process32NextW(snapshot, ctypes.byref(entry))
+    kernel.CloseHandle(snapshot)
+    return found
+
+
+if __name__ == "__main__":
+    code = main()
+    wait_if_double_clicked()
+    sys.exit(code)

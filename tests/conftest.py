@@ -1,0 +1,118 @@
+"""Fixtures: real servers for the whole session, fresh folders and databases for each test.
+
+| fixture | gives |
+|---|---|
+| `sshd_server` | `servers.Sshd`, one for the session |
+| `sftp_root` | a fresh folder on it, with `download/` and `upload/` inside |
+| `postgres_server` | `servers.Postgres`, one for the session, without fsync |
+| `postgres`, `sqlite`, `mssql` | `servers.Database`, fresh and empty |
+| `database` | each of these three in turn |
+
+A server that is not installed is an error, not a skip. Only SQL Server is optional, since nobody
+can install it with apt-get: `mssql` needs SGSYNC_TEST_MSSQL, an ODBC connection string whose login
+may create databases. A test may stop a server: the fixtures start it again for the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+import homes
+import servers
+
+settings.register_profile("sgsync", deadline=None, print_blob=True)
+settings.load_profile("sgsync")
+
+
+def pytest_configure() -> None:
+    # ended from outside (a CI's time limit), the run still closes its fixtures
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+# ------------------------------------------------------------------ servers
+
+
+@pytest.fixture(scope="session")
+def sshd_server() -> Iterator[servers.Sshd]:
+    with servers.Sshd() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[servers.Postgres]:
+    with servers.Postgres(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture
+def sftp_root(sshd_server: servers.Sshd) -> Iterator[Path]:
+    sshd_server.start()
+    folder = sshd_server.root / servers.fresh_name()
+    for name in ("download", "upload"):
+        (folder / name).mkdir(parents=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------ databases
+
+
+@pytest.fixture
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> servers.Database:
+    path = tmp_path_factory.mktemp("sqlite") / "database.sqlite"
+    return servers.Database("sqlite", servers.sqlite_connection_string(path))
+
+
+@pytest.fixture
+def postgres(postgres_server: servers.Postgres) -> Iterator[servers.Database]:
+    postgres_server.start()
+    name = servers.fresh_name()
+    yield servers.Database("postgresql", postgres_server.create_database(name))
+    postgres_server.start()
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def mssql() -> Iterator[servers.Database]:
+    server = os.environ.get("SGSYNC_TEST_MSSQL")
+    if not server:
+        pytest.skip("SGSYNC_TEST_MSSQL (a connection string) is not set")
+    with servers.mssql_database(server) as database:
+        yield database
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mssql"])
+def database(request: pytest.FixtureRequest) -> servers.Database:
+    return request.getfixturevalue(request.param)
+
+
+# ------------------------------------------------------------------ homes
+
+
+@pytest.fixture
+def home(
+    tmp_path: Path, sshd_server: servers.Sshd, sftp_root: Path, database: servers.Database
+) -> homes.Home:
+    """A home in front of each database in turn."""
+    return homes.Home(tmp_path / "home", sshd_server, sftp_root, database)
+
+
+@pytest.fixture
+def sqlite_home(
+    tmp_path: Path, sshd_server: servers.Sshd, sftp_root: Path, sqlite: servers.Database
+) -> homes.Home:
+    return homes.Home(tmp_path / "home", sshd_server, sftp_root, sqlite)
+
+
+@pytest.fixture
+def postgres_home(
+    tmp_path: Path, sshd_server: servers.Sshd, sftp_root: Path, postgres: servers.Database
+) -> homes.Home:
+    return homes.Home(tmp_path / "home", sshd_server, sftp_root, postgres)
