@@ -42,11 +42,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:  # Drivers are imported where they are first needed: `--help` must not load them.
+    import oracledb
     import paramiko
     import pyodbc
     import rich.progress
@@ -67,6 +68,7 @@ BLOCK_BYTES = 1 << 18  # Read at a time; measured: larger blocks fall out of the
 RECORD_BYTES = 1 << 24  # One CSV record may not be longer: memory stays bounded on any input.
 SORT_BYTES = 1 << 23  # Sorted in memory at a time by sort="true".
 FETCH_ROWS = 1000
+ORACLE_ROWS = 5000  # A round trip brings as many.
 LISTING_ENTRIES = 10_000  # A directory with more is a broken or hostile server.
 CONNECT_SECONDS = 30.0
 RETRY_ATTEMPTS = 4
@@ -216,6 +218,8 @@ class Limit:
         return f"{self.number:g}{'%' if self.percent else ''}"
 
 
+_IDENTIFIER = r"[A-Za-z][A-Za-z0-9_$#]{0,127}"
+
 # Parsers of attribute values.  Each raises ValueError with the reason in words.
 
 
@@ -278,6 +282,53 @@ def _key(value: str) -> tuple[str, ...]:
     return _names(value)
 
 
+def _choice(*words: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in words:
+            raise ValueError(f"is not one of {', '.join(words)}")
+        return value
+
+    return parse
+
+
+def _table(value: str) -> str:
+    if not re.fullmatch(rf"(?:{_IDENTIFIER}\.)?{_IDENTIFIER}", value):
+        raise ValueError("is not the name of a table")
+    return value
+
+
+def _column(value: str) -> str:
+    if not re.fullmatch(_IDENTIFIER, value):
+        raise ValueError("is not the name of a column")
+    return value
+
+
+def _optional_column(value: str) -> str:
+    return _column(value) if value else ""
+
+
+def _grades(value: str) -> tuple[int, ...]:
+    grades = _names(value)
+    if not all(re.fullmatch(r"-?\d{1,2}", grade, re.ASCII) for grade in grades):
+        raise ValueError("is not a list of grades such as 8,9,10,11,12")
+    return tuple(int(grade) for grade in grades)
+
+
+def _optional_integer(value: str) -> int | None:
+    return _integer(0, 999_999_999)(value) if value else None
+
+
+def _month_day(value: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d\d)-(\d\d)", value, re.ASCII)
+    try:
+        day = datetime.date(2001, int(match[1]), int(match[2])) if match else None
+    except ValueError:
+        day = None
+    if day is None:
+        raise ValueError("is not a month and a day such as 07-01")
+    return day.month, day.day
+
+
 def _date_format(value: str) -> str:
     if not re.search(r"%[dj]", value):
         raise ValueError("is not a date form such as %m/%d/%Y")
@@ -335,6 +386,7 @@ class SftpSettings:
     require_complete: bool = attribute(_boolean, "true")
     max_age_hours: int = attribute(_integer(0, 100_000), "36")
     timeout_seconds: int = attribute(_integer(1, 3600), "60")
+    password: str = dataclasses.field(default="", repr=False)  # SchooLinks' way to log in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -398,8 +450,71 @@ class Statement:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AttendanceSettings:
+    """<Attendance> in <SchooLinks>."""
+
+    enabled: bool = attribute(_boolean, "true")
+    file: str = attribute(_csv_name, "attendance_percentage.csv")
+    scale: str = attribute(_choice("fraction", "percent"), "fraction")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpaSettings:
+    """<GPA> in <SchooLinks>; a column that is '' stays blank in the file."""
+
+    enabled: bool = attribute(_boolean, "true")
+    file: str = attribute(_csv_name, "gpa.csv")
+    table: str = attribute(_table, "u_def_ext_students0")
+    unweighted: str = attribute(_optional_column, "simple_gpa")
+    weighted: str = attribute(_optional_column, "weighted_gpa")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TagSettings:
+    """<Tag>: students whose `column` equals `equals` get a row."""
+
+    name: str = attribute(_text)
+    detailed_name: str = attribute(_text)
+    description: str = attribute(_text)
+    table: str = attribute(_table)
+    column: str = attribute(_column)
+    equals: str = attribute(_text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TagsSettings:
+    """<Tags> in <SchooLinks>."""
+
+    enabled: bool = attribute(_boolean, "true")
+    file: str = attribute(_csv_name, "student_tags.csv")
+    tags: tuple[TagSettings, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchooLinksSettings:
+    """<SchooLinks>; a section that is not there is switched off."""
+
+    directory: str = attribute(_remote_directory, "/automated")
+    test_directory: str = attribute(_remote_directory, "/other")
+    ignored_school: int | None = attribute(_optional_integer, "901")
+    grades: tuple[int, ...] = attribute(_grades, "8,9,10,11,12")
+    school_year_start: tuple[int, int] = attribute(_month_day, "07-01")
+    max_shrink: Limit = attribute(_limit, "10%")
+    quoting: str = attribute(_choice("all", "minimal"), "all")
+    private_key: str = attribute(_optional_text, "")
+    passphrase: str = attribute(_optional_text, "", repr=False)
+    thick_mode: bool = attribute(_boolean, "false")
+    client_directory: str | None = attribute(_text, None)
+    query_timeout_seconds: int = attribute(_integer(1, 86_400), "600")
+    timeout_seconds: int = attribute(_integer(1, 3600), "60")
+    attendance: AttendanceSettings
+    gpa: GpaSettings
+    tags: TagsSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """config.xml, checked whole.  Elements that the command does not use may be missing."""
+    """config.xml, checked whole.  Elements that the command does not use may be None."""
 
     path: Path
     sftp: SftpSettings
@@ -408,12 +523,16 @@ class Config:
     history: History
     sql_diffs: tuple[SqlDiff, ...]
     statements: tuple[Statement, ...]
+    schoolinks: SchooLinksSettings
     secrets: frozenset[str] = dataclasses.field(repr=False)
 
 
 # element -> (its dataclass, elements that may stand in it)
 ELEMENTS: dict[str, tuple[type | None, tuple[str, ...]]] = {
-    "Config": (None, ("SFTP", "Database", "Limits", "History", "Download", "Upload")),
+    "Config": (
+        None,
+        ("SFTP", "Database", "Limits", "History", "Download", "Upload", "SchooLinks"),
+    ),
     "SFTP": (SftpSettings, ()),
     "Database": (DatabaseSettings, ()),
     "Limits": (Limits, ()),
@@ -426,10 +545,19 @@ ELEMENTS: dict[str, tuple[type | None, tuple[str, ...]]] = {
     "Delete": (Call, ()),
     "Upload": (None, ("SQL",)),
     "SQL": (Statement, ()),
+    "SchooLinks": (SchooLinksSettings, ("Attendance", "GPA", "Tags")),
+    "Attendance": (AttendanceSettings, ()),
+    "GPA": (GpaSettings, ()),
+    "Tags": (TagsSettings, ("Tag",)),
+    "Tag": (TagSettings, ()),
 }
-REPEATABLE = {"SQLDiff", "SQL"}
+REPEATABLE = {"SQLDiff", "SQL", "Tag"}
 TEXT_ELEMENTS = {"Query", "Insert", "Update", "Delete", "SQL"}
-USED_BY = {"sync": {"SFTP", "Database", "Limits", "History", "Download", "Upload"}}
+USED_BY = {
+    "sync": {"SFTP", "Database", "Limits", "History", "Download", "Upload"},
+    "schoolinks": {"SchooLinks", "History"},
+}
+NEEDED_BY = {"sync": ("SFTP", "Database", "Download"), "schoolinks": ("SchooLinks",)}
 
 _PLACEHOLDER = re.compile(r"\$\{([^}:]*):([^}]*)\}")
 _PASSWORD = re.compile(r"(?i)(?:^|;)\s*(?:pwd|password)\s*=\s*(\{(?:[^}]|\}\})*\}|[^;]*)")
@@ -446,7 +574,7 @@ def attributes_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def load_config(path: Path, command: str) -> Config:
-    """Read and check config.xml for `command` (`sync`).
+    """Read and check config.xml for `command` (`sync` or `schoolinks`).
 
     Raises ConfigError with every error of the file at once, each with file, line, element,
     reason and remedy.
@@ -471,19 +599,20 @@ class _ConfigReader:
             self.used = element.tag in USED_BY[self.command]
             sections[element.tag] = self._read_section(element)
         self.used = True
-        for tag in ("SFTP", "Database", "Download"):
+        for tag in NEEDED_BY[self.command]:
             if tag not in sections:
                 self._fail(root, "", f"has no <{tag}> element", f"take <{tag}> from the template")
         if self.errors:
             raise ConfigError("\n".join(text for _, text in sorted(self.errors)))
         return Config(
             path=self.path,
-            sftp=sections["SFTP"],
-            database=sections["Database"],
+            sftp=sections.get("SFTP", cast("SftpSettings", None)),
+            database=sections.get("Database", cast("DatabaseSettings", None)),
             limits=sections.get("Limits") or _defaults(Limits),
             history=sections.get("History") or _defaults(History),
-            sql_diffs=sections["Download"],
+            sql_diffs=sections.get("Download", ()),
             statements=sections.get("Upload", ()),
+            schoolinks=sections.get("SchooLinks", cast("SchooLinksSettings", None)),
             secrets=frozenset(secret for secret in self.secrets if len(secret) > 2),
         )
 
@@ -578,6 +707,8 @@ class _ConfigReader:
         if element.tag == "Upload":
             self._attributes(element)
             return self._statements(element)
+        if element.tag == "SchooLinks":
+            return self._schoolinks(element)
         list(self._children(element))
         return self._instance(element)
 
@@ -722,9 +853,42 @@ class _ConfigReader:
         self._unique_files(upload)
         return tuple(statement for statement in statements if statement)
 
+    def _schoolinks(self, element: etree._Element) -> object:
+        made: dict[str, Any] = {}
+        for child in self._children(element):
+            tags = [self._tag(tag) for tag in self._children(child)]
+            more = {"tags": tuple(tag for tag in tags if tag)} if child.tag == "Tags" else {}
+            made[child.tag] = self._instance(child, **more)
+        self._unique_files(element)
+        attendance = made.get("Attendance", _defaults(AttendanceSettings, enabled=False))
+        gpa = made.get("GPA", _defaults(GpaSettings, enabled=False))
+        tags = made.get("Tags", _defaults(TagsSettings, enabled=False))
+        if attendance and gpa and tags:
+            self._check_sections(element, attendance, gpa, tags)
+        return self._instance(element, attendance=attendance, gpa=gpa, tags=tags)
+
+    def _tag(self, element: etree._Element) -> TagSettings | None:
+        list(self._children(element))
+        return cast("TagSettings | None", self._instance(element))
+
+    def _check_sections(
+        self,
+        element: etree._Element,
+        attendance: AttendanceSettings,
+        gpa: GpaSettings,
+        tags: TagsSettings,
+    ) -> None:
+        if not (attendance.enabled or gpa.enabled or tags.enabled) and self.used:
+            remedy = "add <Attendance>, <GPA> or <Tags>, enabled"
+            self._fail(element, "", "has no section that is switched on", remedy)
+        if gpa.enabled and not (gpa.unweighted or gpa.weighted):
+            self._fail(element, "", "<GPA> names no column", "name unweighted= or weighted=")
+        if tags.enabled and not tags.tags:
+            self._fail(element, "", "<Tags> has no <Tag>", 'add one, or set enabled="false"')
+
     def _unique_files(self, parent: etree._Element) -> None:
         seen: set[str] = set()
-        for element in parent.iterchildren("SQLDiff", "SQL"):
+        for element in parent.iterchildren("SQLDiff", "SQL", "Attendance", "GPA", "Tags"):
             name = element.get("file")
             if name and (name.lower() in seen or name.lower() == FAILURES_NAME):
                 self._fail(element, "file", f"'{name}' is taken already", "choose another name")
@@ -806,7 +970,7 @@ class RemoteEntry:
 
 
 class Sftp:
-    """An SFTP session: log-in by key, host key pinned, every operation bounded in time.
+    """An SFTP session: host key pinned, log-in by key or password, every operation bounded in time.
 
     Raises TransferError for the server's and the network's faults, ConfigError for the key files.
     """
@@ -833,7 +997,8 @@ class Sftp:
 
         import paramiko
 
-        private_key, host_keys = self._private_key(), self._host_keys()
+        private_key = None if self.settings.password else self._private_key()
+        host_keys = self._host_keys()
         self._watchdog = Watchdog(self.settings.timeout_seconds, self._hang_up)
         with self._operation(f"{self.where}: cannot connect"):
             address = (self.settings.host, self.settings.port)
@@ -849,7 +1014,10 @@ class Sftp:
             transport.start_client(timeout=CONNECT_SECONDS)
             self._check_host_key(transport.get_remote_server_key(), host_keys)
             transport.set_keepalive(15)
-            transport.auth_publickey(self.settings.username, private_key)
+            if private_key:
+                transport.auth_publickey(self.settings.username, private_key)
+            else:
+                transport.auth_password(self.settings.username, self.settings.password)
             self._client = paramiko.SFTPClient.from_transport(transport)
             if self._client is None:
                 raise TransferError(f"{self.where}: the server offers no SFTP", transient=True)
@@ -958,6 +1126,27 @@ class Sftp:
             )
         return sent
 
+    def write_whole(self, path: str, file: BinaryIO) -> int:
+        """Upload under a temporary name and rename, where the server allows that."""
+        size = self.write(path + PART, file)
+        with self._operation(f"{self.where}: {path}: cannot be renamed to"):
+            session = self._session()
+            try:
+                session.posix_rename(path + PART, path)
+                return size
+            except OSError:  # an old server without that extension, or without the right
+                pass
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    session.remove(path)
+                session.rename(path + PART, path)
+                return size
+            except OSError:
+                with contextlib.suppress(OSError):
+                    session.remove(path + PART)
+        file.seek(0)
+        return self.write(path, file)
+
     def mark(self, path: str) -> None:
         """Make an empty file.  It is not looked at again: the server may take it at once."""
         with self._operation(f"{self.where}: {path}: cannot be made"):
@@ -996,10 +1185,12 @@ class Sftp:
         if isinstance(error, TimeoutError) or (self._watchdog and self._watchdog.expired):
             reason = f"no answer for {self.settings.timeout_seconds} s"
         if isinstance(error, paramiko.AuthenticationException):
+            remedy = f"see that the public half of {self.settings.private_key} is stored for "
+            remedy += "this user at the server (SameGoal takes up to 60 minutes for a new key)"
+            if self.settings.password:
+                remedy = "see that the user name and the password are right and may log in"
             return TransferError(
-                f"{self.where}: log-in as {self.settings.username} refused: {reason}",
-                f"see that the public half of {self.settings.private_key} is stored with this "
-                "user at SameGoal (a new key takes up to 60 minutes to work)",
+                f"{self.where}: log-in as {self.settings.username} refused: {reason}", remedy
             )
         if isinstance(error, socket.gaierror):
             remedy = "see whether the host in <SFTP> is right and the name server answers"
@@ -1939,11 +2130,13 @@ def duplicate_key(
 
 
 @contextlib.contextmanager
-def csv_writer(path: Path) -> Iterator[Callable[[Iterable[Sequence[object]]], None]]:
+def csv_writer(
+    path: Path, quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
+) -> Iterator[Callable[[Iterable[Sequence[object]]], None]]:
     """Write a CSV file as RFC 4180 wants it; yields a function that takes rows."""
     with new_file(path) as binary:
         text = csv_text(binary)
-        yield csv.writer(text).writerows
+        yield csv.writer(text, quoting=quoting).writerows
         text.flush()
         text.detach()
 
@@ -2562,6 +2755,422 @@ def _is_real_directory(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and not reparse
 
 
+# ---------------------------------------------------------------------- SchooLinks: build_files
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleLogin:
+    """Who logs in to PowerSchool's database; `dsn` is host:port/service."""
+
+    user: str
+    password: str = dataclasses.field(repr=False)
+    dsn: str
+
+
+def schoolinks_credentials(
+    settings: SchooLinksSettings, home: Path
+) -> tuple[OracleLogin, SftpSettings]:
+    """The log-ins from the environment; raises ConfigError that names every missing variable."""
+    names = [
+        "POWERSCHOOL_READ_USER",
+        "POWERSCHOOL_DB_PASSWORD",
+        "POWERSCHOOL_PROD_DB",
+        "SCHOOLINKS_SFTP_USERNAME",
+        "SCHOOLINKS_SFTP_ADDRESS",
+    ]
+    if not settings.private_key:
+        names.insert(4, "SCHOOLINKS_SFTP_PASSWORD")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"not set in the environment: {', '.join(missing)}",
+            "set them for the account that runs sgsync",
+        )
+    user, password, dsn = (os.environ[name] for name in names[:3])
+    address = os.environ["SCHOOLINKS_SFTP_ADDRESS"].removeprefix("sftp://").rstrip("/")
+    match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:]+))(?::(\d{1,5}))?", address)
+    if not match:
+        raise ConfigError(
+            f"SCHOOLINKS_SFTP_ADDRESS: '{one_line(address)}' is no address",
+            "write the host, or host:port",
+        )
+    beside = home / "known_hosts"
+    server = _defaults(
+        SftpSettings,
+        host=match[1] or match[2],
+        port=int(match[3] or 22),
+        username=os.environ["SCHOOLINKS_SFTP_USERNAME"],
+        password="" if settings.private_key else os.environ["SCHOOLINKS_SFTP_PASSWORD"],
+        private_key=settings.private_key,
+        passphrase=settings.passphrase,
+        known_hosts="known_hosts" if beside.is_file() else "ssh/known_hosts",
+        timeout_seconds=settings.timeout_seconds,
+    )
+    return OracleLogin(user, password, dsn), server
+
+
+class Oracle:
+    """PowerSchool's database through python-oracledb.  Raises DatabaseError with plain advice."""
+
+    def __init__(self, settings: SchooLinksSettings, login: OracleLogin) -> None:
+        self.settings, self.login = settings, login
+        self._connection: oracledb.Connection | None = None
+
+    def __enter__(self) -> Oracle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._connection:
+            with contextlib.suppress(Exception):
+                self._connection.close()
+        self._connection = None
+
+    def connect(self) -> None:
+        """Connect, by way of Oracle's own client where `thickMode` or `clientDirectory` asks."""
+        import oracledb
+
+        with self._converted("PowerSchool: cannot connect"):
+            if self.settings.thick_mode or self.settings.client_directory:
+                oracledb.init_oracle_client(lib_dir=self.settings.client_directory)
+            self._connection = oracledb.connect(
+                user=self.login.user,
+                password=self.login.password,
+                dsn=self.login.dsn,
+                tcp_connect_timeout=CONNECT_SECONDS,
+            )
+            self._connection.call_timeout = 1000 * self.settings.query_timeout_seconds
+            log.info("PowerSchool: connected to Oracle %s", self._connection.version)
+
+    def query(self, subject: str, sql: str, binds: Mapping[str, object]) -> list[Sequence[Any]]:
+        """All rows of a query; the round trips are one and one for each `ORACLE_ROWS` rows."""
+        with self._converted(subject):
+            if self._connection is None:
+                raise DatabaseError(f"{subject}: the connection was closed")
+            with self._connection.cursor() as cursor:
+                cursor.arraysize = ORACLE_ROWS
+                cursor.prefetchrows = ORACLE_ROWS + 1  # One more spares the trip that finds no row.
+                cursor.execute(sql, dict(binds))
+                return list(cursor.fetchall())
+
+    @contextlib.contextmanager
+    def _converted(self, subject: str) -> Iterator[None]:
+        import oracledb
+
+        try:
+            yield
+        except oracledb.Error as error:
+            details = error.args[0] if error.args else error
+            code = str(getattr(details, "full_code", ""))
+            text = one_line(str(error).split("\n")[0])
+            transient = code in ("DPY-4011", "DPY-6005", "ORA-12541", "ORA-03113", "ORA-03114")
+            remedy = ORACLE_ADVICE.get(code, "")
+            raise DatabaseError(f"{subject}: {text}", remedy, transient=transient) from error
+
+
+_THICK = 'install Oracle Instant Client and set thickMode="true" on <SchooLinks>'
+ORACLE_ADVICE = {
+    "DPY-3010": f"this server is older than Oracle 12.1, which thin mode cannot speak to: {_THICK}",
+    "DPY-3015": "this account's password is stored in the old 10G form: ask the database "
+    f"administrator to set the password anew, or {_THICK}",
+    "DPY-4011": "the server ended the connection; that is often its demand for native network "
+    f"encryption, which thin mode lacks: {_THICK}",
+    "DPY-6005": "see whether host and port in POWERSCHOOL_PROD_DB are right and a firewall lets "
+    "this machine reach them",
+    "DPY-6001": "the server does not know the service in POWERSCHOOL_PROD_DB, host:port/service",
+    "DPY-4000": "write POWERSCHOOL_PROD_DB as host:port/service",
+    "DPY-4024": "the database was too slow: raise queryTimeoutSeconds on <SchooLinks>",
+    "DPI-1047": "install Oracle Instant Client of the same kind (64 bit) as Python, and name its "
+    "folder in clientDirectory= on <SchooLinks>",
+    "ORA-01017": "see that POWERSCHOOL_READ_USER and POWERSCHOOL_DB_PASSWORD are right (capitals "
+    "count in the password)",
+    "ORA-28000": "ask the database administrator to unlock the account POWERSCHOOL_READ_USER",
+    "ORA-12541": "nothing listens there: see whether host and port in POWERSCHOOL_PROD_DB are "
+    "right and the database is up",
+    "ORA-12514": "the listener does not know this service: correct the part behind the / in "
+    "POWERSCHOOL_PROD_DB, or wait until the database is open",
+    "ORA-00942": "grant SELECT on the table to POWERSCHOOL_READ_USER, or correct its name in "
+    "<SchooLinks>",
+    "ORA-00904": "correct the name of the column in <SchooLinks>",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Section:
+    """One file for SchooLinks: its rows, and the students who are not in it, by reason."""
+
+    file: str
+    what: str  # what a student who is missing in it loses
+    header: Row
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    without: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    null_days: int = 0
+
+    def skip(self, student: str, reason: str) -> None:
+        self.without.setdefault(reason, []).append(student)
+
+    def counts(self) -> dict[str, object]:
+        """What summary.json tells of the file."""
+        without = {reason: len(students) for reason, students in self.without.items()}
+        return {
+            "file": self.file,
+            "rows": len(self.rows),
+            "without": without,
+            "null_days": self.null_days,
+        }
+
+
+def student_query(settings: SchooLinksSettings) -> tuple[str, dict[str, object]]:
+    """SQL and binds for all students: number, the two GPAs, one column for each tag.
+
+    One row a student, the highest number first.  Oracle 12.1 and later.
+    """
+    wanted = (
+        [(tag.table, tag.column) for tag in settings.tags.tags] if settings.tags.enabled else []
+    )
+    if settings.gpa.enabled:
+        gpa = settings.gpa
+        wanted = [(gpa.table, gpa.unweighted), (gpa.table, gpa.weighted), *wanted]
+    aliases = {"students": "s"}
+    for table, _ in wanted:
+        aliases.setdefault(table.lower(), f"t{len(aliases)}")
+    columns = [f"{aliases[table.lower()]}.{name} c{i}" for i, (table, name) in enumerate(wanted)]
+    joins = [
+        f"LEFT JOIN {table} {alias} ON {alias}.studentsdcid = s.dcid"
+        for table, alias in aliases.items()
+        if alias != "s"
+    ]
+    where, binds = _active_students(settings)
+    sql = "\n".join(
+        (
+            f"SELECT {', '.join(['s.student_number', *columns])}",
+            "FROM students s",
+            *joins,
+            f"WHERE {where}",
+            "ORDER BY s.student_number DESC",
+        )
+    )
+    return sql, binds
+
+
+def attendance_query(
+    settings: SchooLinksSettings, today: datetime.date
+) -> tuple[str, dict[str, object]]:
+    """SQL and binds for the attendance of all students in this school year.
+
+    One row a student: number, days present, days of membership, days counted, days with a NULL.  A
+    NULL attendance value has no conversion: such a day counts on neither side.
+    """
+    where, binds = _active_students(settings)
+    both = "a.attendancevalue IS NOT NULL AND a.membershipvalue IS NOT NULL"
+    # Only fixed text is put together here; the values are bound.
+    sql = f"""SELECT s.student_number,
+    SUM(CASE WHEN {both} THEN a.attendancevalue END) present,
+    SUM(CASE WHEN {both} THEN a.membershipvalue END) member,
+    SUM(CASE WHEN {both} THEN 1 ELSE 0 END) counted,
+    SUM(CASE WHEN {both} THEN 0 ELSE 1 END) missing
+FROM students s
+JOIN ps_adaadm_daily_ctod a ON a.studentid = s.id AND a.fteid = s.fteid
+WHERE {where}
+    AND a.calendardate >= :year_start AND a.calendardate <= :today
+GROUP BY s.student_number"""  # noqa: S608
+    month, day = settings.school_year_start
+    start = datetime.date(today.year, month, day)
+    if start > today:
+        start = start.replace(year=today.year - 1)
+    midnight = datetime.time()
+    return sql, binds | {
+        "year_start": datetime.datetime.combine(start, midnight),
+        "today": datetime.datetime.combine(today, midnight),
+    }
+
+
+def _active_students(settings: SchooLinksSettings) -> tuple[str, dict[str, object]]:
+    binds: dict[str, object] = {f"grade{i}": grade for i, grade in enumerate(settings.grades)}
+    where = f"s.enroll_status = 0 AND s.grade_level IN ({', '.join(':' + name for name in binds)})"
+    if settings.ignored_school is not None:
+        where += " AND s.schoolid <> :school"
+        binds["school"] = settings.ignored_school
+    return where, binds
+
+
+def build_sections(
+    powerschool: Oracle, settings: SchooLinksSettings, today: datetime.date
+) -> list[Section]:
+    """Query PowerSchool and make the rows of every file that is switched on.
+
+    Two queries, however many students there are.  Raises DataError for a student who comes twice.
+    """
+    sql, binds = student_query(settings)
+    students = powerschool.query("PowerSchool: the query of the students", sql, binds)
+    numbers = [number_text(row[0]) for row in students]
+    for number, following in itertools.pairwise(numbers):
+        if number == following:
+            raise DataError(
+                f"PowerSchool: the student {number} comes twice: a table of <GPA> or <Tag> has "
+                "more than one row for a student",
+                "name a table that extends students one to one (studentsdcid is its key)",
+            )
+    log.info("PowerSchool: %s", plural(len(numbers), "student"))
+    sections = []
+    if settings.attendance.enabled:
+        sql, binds = attendance_query(settings, today)
+        days = powerschool.query("PowerSchool: the query of the attendance", sql, binds)
+        sections.append(attendance_section(settings.attendance, numbers, days))
+    width = 2 if settings.gpa.enabled else 0
+    if settings.gpa.enabled:
+        gpas = [(number, row[1], row[2]) for number, row in zip(numbers, students, strict=True)]
+        sections.append(gpa_section(settings.gpa, gpas))
+    if settings.tags.enabled:
+        values = [row[1 + width :] for row in students]
+        sections.append(tags_section(settings.tags, zip(numbers, values, strict=True)))
+    return sections
+
+
+def attendance_section(
+    settings: AttendanceSettings, numbers: Sequence[str], days: Iterable[Sequence[Any]]
+) -> Section:
+    """Days present over days of membership, as a fraction or a percentage; zero days stay."""
+    section = Section(settings.file, "attendance", ("student_number", "attendance_percentage"))
+    found = {number_text(row[0]): row[1:] for row in days}
+    for number in numbers:
+        present, member, counted, missing = found.get(number, (None, None, 0, 0))
+        section.null_days += int(missing)
+        if member:
+            share = float(present) / float(member) * (100 if settings.scale == "percent" else 1)
+            section.rows.append((number, number_text(share)))
+        elif missing and not counted:
+            section.skip(number, "only NULL days")
+        else:
+            section.skip(number, "no membership days")
+    return section
+
+
+def gpa_section(settings: GpaSettings, gpas: Iterable[tuple[str, Any, Any]]) -> Section:
+    """The two GPAs; a student with one of them keeps it, the other stays blank."""
+    header = ("student_number", "numerator_unweighted", "numerator_weighted")
+    section = Section(settings.file, "GPA", header)
+    for number, unweighted, weighted in gpas:
+        row = (number, number_text(unweighted), number_text(weighted))
+        if any(row[1:]):
+            section.rows.append(row)
+        else:
+            section.skip(number, "no GPA")
+    return section
+
+
+def tags_section(
+    settings: TagsSettings, students: Iterable[tuple[str, Sequence[object]]]
+) -> Section:
+    """One row for each tag of a student."""
+    section = Section(
+        settings.file, "tags", ("student_number", "name", "detailed_name", "description")
+    )
+    for number, values in students:
+        tags = [
+            t for t, value in zip(settings.tags, values, strict=True) if same_value(value, t.equals)
+        ]
+        section.rows += [(number, t.name, t.detailed_name, t.description) for t in tags]
+        if not tags:
+            section.skip(number, "no tag")
+    return section
+
+
+def number_text(value: object) -> str:
+    """A number as Python prints it, but without exponent; NULL is empty; text stays text."""
+    if isinstance(value, float) and "e" not in repr(value):
+        return repr(value)
+    return to_text(value).strip()
+
+
+def same_value(value: object, wanted: str) -> bool:
+    """Whether a column holds the value that the configuration names: 1, 1.0 and '1' are equal."""
+    text = to_text(value).strip()
+    try:
+        return decimal.Decimal(text) == decimal.Decimal(wanted)
+    except decimal.InvalidOperation:
+        return text == wanted
+
+
+def write_sections(sections: Sequence[Section], folder: Path, quoting: str) -> None:
+    """Write the files, and log what is in them: counts and student numbers, nothing else."""
+    style: Literal[0, 1] = csv.QUOTE_ALL if quoting == "all" else csv.QUOTE_MINIMAL
+    for section in sections:
+        with csv_writer(folder / section.file, style) as write:
+            write([section.header])
+            write(section.rows)
+        log.info("%s: %s", section.file, plural(len(section.rows), "row"))
+        if section.null_days:
+            log.info("%s: %s counted on neither side: a value was NULL",
+                     section.file, plural(section.null_days, "day"))  # fmt: skip
+        for reason, students in section.without.items():
+            shown = ", ".join(students[:20]) + (", ..." if len(students) > 20 else "")
+            log.info("%s: %s without a row, %s: %s",
+                     section.file, plural(len(students), "student"), reason, shown)  # fmt: skip
+
+
+def last_upload(history: Path, file: str) -> tuple[str, Path] | None:
+    """Epoch and path of `file` as it was last uploaded for good, where history still has it."""
+    for folder in sorted(history.iterdir(), reverse=True):
+        if not EPOCH.fullmatch(folder.name) or not (folder / COMPLETE).exists():
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+            if summary.get("uploaded") == "live" and (folder / file).is_file():
+                return folder.name, folder / file
+    return None
+
+
+def check_shrink(
+    sections: Sequence[Section], history: Path, max_shrink: Limit, *, force: bool
+) -> None:
+    """Raise HeldError for a file without rows, or with far fewer than the last one uploaded.
+
+    What a file lacks is deleted or archived at SchooLinks.
+    """
+    reasons = []
+    for section in sections:
+        before = last_upload(history, section.file)
+        lost: set[str] = set()
+        old_rows = 0
+        if before:
+            with CsvFile(before[1], f"{before[0]}/{section.file}") as old:
+                for block in old.blocks():
+                    old_rows += block.rows
+                    lost.update(r.split(b"\0", 1)[0].decode() for r in block.data.split(b"\n")[:-1])
+            lost -= {row[0] for row in section.rows}
+        would = f"{plural(len(lost), 'student')} would lose their {section.what}"
+        if not section.rows:
+            reasons.append(f"{section.file}: has no rows; {would if lost else 'nobody is in it'}")
+        elif before and not max_shrink.allows(old_rows - len(section.rows), old_rows):
+            reasons.append(
+                f"{section.file}: {plural(len(section.rows), 'row')}, {old_rows:,} in the upload "
+                f"of {before[0]}, maxShrink is {max_shrink}; {would}"
+            )
+    for reason in reasons:
+        log.warning("%s", reason)
+    if reasons and not force:
+        raise HeldError(
+            "held, nothing was uploaded: " + "; ".join(reasons),
+            "look at the files in this run's folder and at PowerSchool; if they are right, run "
+            "again with --force",
+        )
+
+
+def upload_sections(sftp: Sftp, directory: str, paths: Sequence[Path], tick: Tick) -> None:
+    """Upload the files, each under a temporary name until its size is confirmed."""
+
+    def attempt() -> None:
+        sftp.connect()
+        for path in paths:
+            with local_errors(path):
+                file = path.open("rb")
+            with file:
+                tick(sftp.write_whole(f"{directory}/{path.name}", file))
+            log.info("%s: uploaded to %s", path.name, directory)
+
+    retried(attempt)
+
+
 # ---------------------------------------------------------------------- runs: run_sync
 
 
@@ -2645,7 +3254,7 @@ class Run:
 def _new_epoch(history: Path) -> Path:
     """Make the folder of this run; a second run in the same second waits for the next one."""
     with local_errors(history):
-        history.mkdir(mode=0o700, exist_ok=True)
+        history.mkdir(mode=0o700, parents=True, exist_ok=True)
         while True:
             folder = history / time.strftime("%Y%m%d-%H%M%S")
             try:
@@ -2658,7 +3267,8 @@ def _new_epoch(history: Path) -> Path:
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace) -> Iterator[Run]:
     """Make the run's folder and log before anything else; however it ends, both tell of it."""
-    run = Run(options.home / "history", options.command)
+    history = options.home / "history"
+    run = Run(history if options.command == "sync" else history / options.command, options.command)
     with local_errors(run.folder / LOG_NAME):
         handler = logging.FileHandler(run.folder / LOG_NAME, encoding="utf-8")
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -2764,6 +3374,36 @@ def run_sync(options: argparse.Namespace) -> Run:
             conclude_applied(found, run)
             with display.stage("push") as tick:
                 push(sftp, config.sftp.upload_directory, run.folder, tick)
+            with local_errors(run.folder / COMPLETE):
+                (run.folder / COMPLETE).touch()
+        prune(run.history, config.history.keep_runs, run.folder)
+    return run
+
+
+def run_schoolinks(options: argparse.Namespace) -> Run:
+    """The nightly files for SchooLinks: query, build, check all of them, then upload."""
+    with open_run(options) as run, only_run(run, "schoolinks"):
+        config = load_config(options.config, "schoolinks")
+        settings = config.schoolinks
+        login, server = schoolinks_credentials(settings, options.home)
+        keep_secret(config.secrets | {login.password, server.password, server.passphrase} - {""})
+        with Display(options.terminal) as display:
+            with display.stage("PowerSchool"), Oracle(settings, login) as powerschool:
+                retried(powerschool.connect)
+                sections = build_sections(powerschool, settings, datetime.date.today())
+            write_sections(sections, run.folder, settings.quoting)
+            run.summary["files"] = [section.counts() for section in sections]
+            check_shrink(sections, run.history, settings.max_shrink, force=options.force)
+            message = ", ".join(f"{s.file}: {plural(len(s.rows), 'row')}" for s in sections)
+            if options.dry_run:
+                run.conclude("dry run", 0, f"{message}; nothing was uploaded")
+                return run
+            directory = settings.test_directory if options.test else settings.directory
+            with display.stage("upload") as tick, Sftp(server, options.home) as sftp:
+                paths = [run.folder / section.file for section in sections]
+                upload_sections(sftp, directory, paths, tick)
+            run.summary["uploaded"] = "test" if options.test else "live"
+            run.conclude("complete", 0, f"{message}; uploaded to {directory}")
             with local_errors(run.folder / COMPLETE):
                 (run.folder / COMPLETE).touch()
         prune(run.history, config.history.keep_runs, run.folder)
@@ -2926,14 +3566,12 @@ def default_home() -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--home", type=Path, metavar="DIR",
-                        help="folder with config.xml, ssh/ and history/ (default: the script's)")  # fmt: skip
-    common.add_argument("--config", type=Path, metavar="FILE",
-                        help="configuration file (default: config.xml in the home folder)")  # fmt: skip
-    common.add_argument("--verbose", action="store_true", help="log every step")
-    common.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    common.add_argument("--json", action="store_true",
-                        help="print the run's summary as one JSON object on standard output")  # fmt: skip
+    add = common.add_argument
+    add("--home", type=Path, metavar="DIR", help="folder of config.xml (default: the script's)")
+    add("--config", type=Path, metavar="FILE", help="default: config.xml in the home folder")
+    add("--verbose", action="store_true", help="log every step")
+    add("--quiet", action="store_true", help="print warnings and errors only")
+    add("--json", action="store_true", help="print the run's summary on standard output")
     parser = argparse.ArgumentParser(
         prog="sgsync.py",
         parents=[common],
@@ -2947,6 +3585,12 @@ def build_parser() -> argparse.ArgumentParser:
     sync = commands.add_parser("sync", parents=[common], help="the nightly integration")
     sync.add_argument("--dry-run", action="store_true", help="stop after the diff, write nothing")
     sync.add_argument("--force", action="store_true", help="skip the limits")
+    schoolinks = commands.add_parser(
+        "schoolinks", parents=[common], help="build and upload the files for SchooLinks"
+    )
+    schoolinks.add_argument("--dry-run", action="store_true", help="build the files only")
+    schoolinks.add_argument("--test", action="store_true", help="upload to the test directory")
+    schoolinks.add_argument("--force", action="store_true", help="skip the guard against shrinking")
     compare = commands.add_parser(
         "diff", parents=[common], help="compare two CSV files",
         description="What would have to be inserted, updated and deleted in B to make it A.",
@@ -2966,7 +3610,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line, with `sync` where no command is given."""
     words = list(argv)
-    if not {"sync", "diff", "-h", "--help", "--version"} & set(words):
+    if not {"sync", "schoolinks", "diff", "-h", "--help", "--version"} & set(words):
         words.append("sync") if not words else words.insert(0, "sync")
     options = build_parser().parse_args(words)
     defaults = {"verbose": False, "quiet": False, "json": False, "command": "sync",
@@ -3006,23 +3650,41 @@ def run_diff(options: argparse.Namespace) -> None:
     log.info("%s, %s: %s", plural(counts.rows, "row"), plural(counts.database_rows, "row"), counts)
 
 
-def report(run: Run, options: argparse.Namespace) -> None:
+SYNC_COLUMNS = {  # heading -> name in the summary
+    "file": "file",
+    "rows": "rows",
+    "inserted": "insert",
+    "updated": "update",
+    "deleted": "delete",
+    "failed": "failed",
+    "time": "seconds",
+}
+SCHOOLINKS_COLUMNS = {"file": "file", "rows": "rows", "students without": "without"}
+
+
+def report(run: Run, options: argparse.Namespace, columns: Mapping[str, str]) -> None:
     """What the console is told at the end of a run: one table and one sentence."""
-    files = run.summary["files"]
     if options.terminal:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("file", "rows", "inserted", "updated", "deleted", "failed", "time")
+        table = Table(*columns)
         for column in table.columns[1:]:
             column.justify = "right"
-        for f in files:
-            counts = (f["rows"], f["insert"], f["update"], f["delete"], f["failed"])
-            table.add_row(f["file"], *(f"{count:,}" for count in counts), f"{f['seconds']:.1f} s")
+        for line in run.summary["files"]:
+            table.add_row(*(_cell(line[name]) for name in columns.values()))
         Console(stderr=True).print(table)
         print(_outcome_line(run), file=sys.stderr)
     else:
         log.info("%s", _outcome_line(run))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):  # reasons -> how many
+        return ", ".join(f"{count:,} {reason}" for reason, count in value.items()) or "0"
+    if isinstance(value, float):
+        return f"{value:.1f} s"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _outcome_line(run: Run) -> str:
@@ -3053,7 +3715,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sync_command(options: argparse.Namespace) -> int:
     run = run_sync(options)
-    report(run, options)
+    report(run, options, SYNC_COLUMNS)
+    return int(run.summary["exit_code"])
+
+
+def schoolinks_command(options: argparse.Namespace) -> int:
+    run = run_schoolinks(options)
+    report(run, options, SCHOOLINKS_COLUMNS)
     return int(run.summary["exit_code"])
 
 
@@ -3064,6 +3732,7 @@ def diff_command(options: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sync": sync_command,
+    "schoolinks": schoolinks_command,
     "diff": diff_command,
 }
 
