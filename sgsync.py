@@ -23,6 +23,7 @@ banner that names its entry point.  Start reading at `run_sync`.
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import csv
 import dataclasses
@@ -56,15 +57,17 @@ if TYPE_CHECKING:  # Drivers are imported where they are first needed: `--help` 
 
 __version__ = "1.0.0"
 
-EPOCH = re.compile(r"\d{8}-\d{6}")  # SameGoal's own example is no valid time: never parse it.
+EPOCH = re.compile(r"[0-9]{8}-[0-9]{6}")  # SameGoal's own example is no valid time: never parse it.
 COMPLETE = "COMPLETE"
 HELD = "HELD"
 LOG_NAME = "sgi_log.txt"
 SUMMARY_NAME = "summary.json"
 FAILURES_NAME = "failures.csv"
+NOT_CONVERGED_NAME = "notconverged.csv"
 PART = ".part"  # A file under this suffix is not finished, whatever it holds.
 
 BLOCK_BYTES = 1 << 18  # Read at a time; measured: larger blocks fall out of the processor's cache.
+CONFIG_BYTES = 10_000_000  # config.xml may not be larger.
 RECORD_BYTES = 1 << 24  # One CSV record may not be longer: memory stays bounded on any input.
 SORT_BYTES = 1 << 23  # Sorted in memory at a time by sort="true".
 FETCH_ROWS = 1000
@@ -161,6 +164,10 @@ def one_line(text: object) -> str:
     steer a terminal.
     """
     return " ".join(str(text).replace("\r", "\n").split("\n")).translate(_CONTROL).strip()
+
+
+def shortened(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[:length] + "..."
 
 
 def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -271,14 +278,16 @@ def _csv_name(value: str) -> str:
 def _names(value: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in value.split(","))
     if not all(names):
-        raise ValueError("has an empty name between its commas")
+        raise ValueError("has an empty name between its commas" if "," in value else "is empty")
     return names
 
 
 def _key(value: str) -> tuple[str, ...]:
     names = [name.removesuffix(":int") for name in _names(value)]
+    if not all(names):
+        raise ValueError("has ':int' without the name of a column")
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"names the column '{repeated}' twice")
+        raise ValueError(f"names the column '{shortened(repeated)}' twice")
     return _names(value)
 
 
@@ -396,6 +405,7 @@ class DatabaseSettings:
     connection_string: str = attribute(_text, repr=False)
     batch_size: int = attribute(_integer(1, 10_000), "500")
     query_timeout_seconds: int = attribute(_integer(1, 86_400), "3600")
+    verify: bool = attribute(_boolean, "false")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -433,6 +443,8 @@ class SqlDiff:
     trim: bool = attribute(_boolean, "false")
     null_text: str | None = attribute(_text, None)
     date_format: str | None = attribute(_date_format, None)
+    ignore_case: bool = attribute(_boolean, "false")
+    ignore_number_form: bool = attribute(_boolean, "false")
     max_deletes: Limit | None = attribute(_limit, None)
     max_updates: Limit | None = attribute(_limit, None)
     query: str = ""
@@ -559,7 +571,11 @@ USED_BY = {
 }
 NEEDED_BY = {"sync": ("SFTP", "Database", "Download"), "schoolinks": ("SchooLinks",)}
 
-_PLACEHOLDER = re.compile(r"\$\{([^}:]*):([^}]*)\}")
+_DOCTYPE = re.compile(
+    rb"(?:[\s\xef\xbb\xbf\xfe\xff]|<\?(?:(?!\?>).)*\?>|<!--(?:(?!-->).)*-->)*<!DOCTYPE", re.S
+)
+_XML_ATTRIBUTE = re.compile(r"""\s([^\s=<>"'/]+)\s*=\s*(?:"[^"]*"|'[^']*')""")
+_PLACEHOLDER = re.compile(r"\$\{(?:(env|keyring):([^${}]+)\})?")
 _PASSWORD = re.compile(r"(?i)(?:^|;)\s*(?:pwd|password)\s*=\s*(\{(?:[^}]|\}\})*\}|[^;]*)")
 _SQL_TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|(\?)", re.S)
 
@@ -587,23 +603,25 @@ class _ConfigReader:
 
     def __init__(self, path: Path, command: str) -> None:
         self.path, self.command = path, command
-        self.lines: list[str] = []
+        self.text = ""  # The file, to look up lines in.
+        self.line_ends: list[int] = []  # Offsets in `text`.
         self.errors: list[tuple[int, str]] = []
         self.secrets: set[str] = set()
         self.used = True  # Whether the element being read matters to the command.
 
     def read(self) -> Config:
         root = self._parse()
+        self._attributes(root)
         sections: dict[str, Any] = {}
         for element in self._children(root):
             self.used = element.tag in USED_BY[self.command]
             sections[element.tag] = self._read_section(element)
-        self.used = True
         for tag in NEEDED_BY[self.command]:
             if tag not in sections:
                 self._fail(root, "", f"has no <{tag}> element", f"take <{tag}> from the template")
         if self.errors:
-            raise ConfigError("\n".join(text for _, text in sorted(self.errors)))
+            self.errors.sort(key=operator.itemgetter(0))
+            raise ConfigError("\n".join(text for _, text in self.errors))
         return Config(
             path=self.path,
             sftp=sections.get("SFTP", cast("SftpSettings", None)),
@@ -619,57 +637,87 @@ class _ConfigReader:
     def _parse(self) -> etree._Element:
         from lxml import etree
 
-        try:
-            raw = self.path.read_bytes()
-        except OSError as error:
+        raw = self._raw()
+        doctype = _DOCTYPE.match(raw.replace(b"\0", b""))  # without them UTF-16 reads as ASCII
+        if doctype:
+            line = doctype[0].count(b"\n") + 1
             raise ConfigError(
-                f"{self.path}: cannot be read: {error.strerror}",
-                "give the folder that holds config.xml with --home, or the file with --config",
-            ) from None
+                f"{self.path.name}:{line}: has a DOCTYPE, which is refused (it can read other "
+                "files)",
+                "delete it: <!DOCTYPE ...>",
+            )
         parser = etree.XMLParser(
             resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
         )
         try:
             root = etree.fromstring(raw, parser)
         except etree.XMLSyntaxError as error:
-            line = error.lineno or 1
+            # "Entity 'x' not defined" may quote the part of a password after its &.
+            reason = re.sub(r"Entity '.*?' not defined", "a & that begins no entity", error.msg)
+            reason = re.sub(r", line \d+, column (\d+)$", r" (column \1)", reason)
             raise ConfigError(
-                f"{self.path.name}:{line}: not well-formed XML: {one_line(error.msg)}",
+                f"{self.path.name}:{error.lineno or 1}: not well-formed XML: {one_line(reason)}",
                 "look at that line and the one above for a missing quote, bracket or end tag; "
                 "write & as &amp; and < as &lt; in attributes, and SQL inside <![CDATA[ ... ]]>",
             ) from None
-        if root.getroottree().docinfo.internalDTD is not None:
-            raise ConfigError(
-                f"{self.path.name}: has a DOCTYPE, which is refused (it can read other files)",
-                "delete the <!DOCTYPE ...> line",
-            )
         encoding = root.getroottree().docinfo.encoding or "UTF-8"
-        self.lines = raw.decode(encoding, "replace").splitlines()
+        try:
+            self.text = raw.decode(encoding, "replace") + "\n"
+        except LookupError:  # known to libxml2 alone
+            self.text = raw.decode("latin-1") + "\n"
+        self.line_ends = [match.start() for match in re.finditer("\n", self.text)]
         if root.tag != "Config":
             raise ConfigError(
-                f"{self.path.name}:{root.sourceline}: the outermost element is "
-                f"<{one_line(root.tag)}>, not <Config>",
+                f"{self.path.name}:{self._line_of(root, '')}: the outermost element is "
+                f"<{shortened(one_line(root.tag))}>, not <Config>",
                 "start from the config.xml that came with sgsync",
             )
         return root
 
-    def _fail(self, element: etree._Element, name: str, reason: str, remedy: str) -> None:
-        line = self._line_of(element, name)
-        place = f"<{element.tag} {name}>" if name else f"<{element.tag}>"
+    def _raw(self) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                raw = file.read(CONFIG_BYTES + 1)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be read: {error.strerror}",
+                "give the folder that holds config.xml with --home, or the file with --config",
+            ) from None
+        if len(raw) > CONFIG_BYTES:
+            raise ConfigError(
+                f"{self.path}: is larger than {CONFIG_BYTES:,} bytes, so it is no configuration",
+                "give the right file with --config",
+            )
+        return raw
+
+    def _fail(
+        self, element: etree._Element, name: str, reason: str, remedy: str, line: int = 0
+    ) -> None:
+        line = line or self._line_of(element, name)
+        tag, name = one_line(element.tag)[:80], one_line(name)[:80]
+        place = f"<{tag} {name}>" if name else f"<{tag}>"
         text = f"{self.path.name}:{line}: {place}: {one_line(reason)}"
         self.errors.append((line, f"{text}\nTry: {remedy}"))
 
     def _line_of(self, element: etree._Element, name: str) -> int:
-        """The line of an attribute; lxml knows only the line on which the start tag ends."""
-        end = cast("int", element.sourceline or 1)
-        pattern = re.compile(rf"(?:^|\s){re.escape(name)}\s*=") if name else None
-        for number in range(min(end, len(self.lines)), 0, -1):
-            line = self.lines[number - 1]
-            if pattern and pattern.search(line):
-                return number
-            if f"<{element.tag}" in line:
-                return number
-        return end
+        """The line of an attribute, or of its start tag; lxml knows only where that tag ends."""
+        end = self._end_of_tag(element)
+        begin = self.text.rfind(f"<{element.tag}", 0, end)
+        if begin < 0:  # such as {namespace}Tag
+            return self._line_at(end)
+        for match in _XML_ATTRIBUTE.finditer(self.text, begin, end) if name else ():
+            if match[1] == name:
+                begin = match.start(1)
+                break
+        return self._line_at(begin)
+
+    def _end_of_tag(self, element: etree._Element) -> int:
+        """The offset of the end of the line on which a start tag ends."""
+        line = cast("int", element.sourceline or 1)
+        return self.line_ends[min(line, len(self.line_ends)) - 1]
+
+    def _line_at(self, offset: int) -> int:
+        return bisect.bisect_left(self.line_ends, offset) + 1
 
     def _children(self, element: etree._Element) -> Iterator[etree._Element]:
         """The known elements inside `element`; unknown, repeated or stray content is an error."""
@@ -685,19 +733,23 @@ class _ConfigReader:
             else:
                 seen.add(child.tag)
                 yield child
-        stray = [element.text, *(child.tail for child in element)]
-        if element.tag not in TEXT_ELEMENTS and any(text and text.strip() for text in stray):
-            self._fail(element, "", "contains text between its elements", "delete that text")
+        if element.tag in TEXT_ELEMENTS:
+            return
+        for before, text in ((element, element.text), *((child, child.tail) for child in element)):
+            if words := (text or "").split():
+                begin = self.text.rfind("\n", 0, self._end_of_tag(before)) + 1
+                found = re.compile(rf">\s*(?={re.escape(words[0])})").search(self.text, begin)
+                line = self._line_at(found.end() if found else begin)
+                self._fail(element, "", "contains stray text", "delete it", line)
 
     def _unknown(
         self, element: etree._Element, name: str, reason: str, found: str, known: Iterable[str]
     ) -> None:
         import difflib
 
-        close = difflib.get_close_matches(found, known, 1, 0.5) or [
-            word for word in known if word.lower() == found.lower()
-        ]
-        remedy = f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(known)}"
+        spelled = {word.lower(): word for word in known}
+        close = difflib.get_close_matches(found[:80].lower(), spelled, 1, 0.5)
+        remedy = f"write {spelled[close[0]]}" if close else f"known are {', '.join(known)}"
         self._fail(element, name, reason, remedy if known else "delete it")
 
     def _read_section(self, element: etree._Element) -> object:
@@ -713,11 +765,10 @@ class _ConfigReader:
         return self._instance(element)
 
     def _instance(self, element: etree._Element, **more: object) -> Any:
-        """The element's dataclass, or None where one of its attributes is wrong."""
-        before = len(self.errors)
+        """The element's dataclass, or None where one of its attributes is wrong or unfilled."""
         values = self._attributes(element)
         cls = ELEMENTS[element.tag][0]
-        return None if cls is None or len(self.errors) > before else cls(**values, **more)
+        return cls(**values, **more) if cls and len(values) == len(attributes_of(cls)) else None
 
     def _attributes(self, element: etree._Element) -> dict[str, object]:
         cls = ELEMENTS[element.tag][0]
@@ -745,8 +796,7 @@ class _ConfigReader:
         raw: str,
         values: dict[str, object],
     ) -> None:
-        unfilled = "TODO(user)" in raw or _PLACEHOLDER.search(raw)
-        if unfilled and not self.used:
+        if not self.used and ("TODO(user)" in raw or "${" in raw):
             return
         if "TODO(user)" in raw:
             self._fail(element, name, "still holds TODO(user)", "replace it by your own value")
@@ -761,7 +811,7 @@ class _ConfigReader:
             if len(self.errors) == before:
                 values[field.name] = field.metadata["parse"](text)
         except ValueError as error:
-            shown = "" if not field.repr else f"'{raw}' "
+            shown = f"'{shortened(raw)}' " if field.repr and raw.strip() else ""
             self._fail(element, name, f"{shown}{error}", "correct the value")
 
     def _expand(self, element: etree._Element, name: str, raw: str) -> str:
@@ -769,34 +819,38 @@ class _ConfigReader:
 
         def value(match: re.Match[str]) -> str:
             source, variable = match[1], match[2]
-            if source == "env":
-                found, remedy = os.environ.get(variable), "set it for the account that runs sgsync"
-                kind = "environment variable"
-            elif source == "keyring":
-                found, kind = _from_keyring(variable), "keyring entry"
-                remedy = f"store it: keyring set sgsync {variable}"
-            else:
-                self._fail(element, name, f"'{match[0]}' is no placeholder", "use ${env:NAME}")
+            if not variable:
+                shown = f"'{shortened(raw[match.start() :])}' is no placeholder"
+                self._fail(element, name, shown, "write ${env:NAME} or ${keyring:NAME}")
                 return ""
+            if source == "env":
+                found, kind = os.environ.get(variable), "environment variable"
+                remedy = "set it for the account that runs sgsync, and start sgsync anew"
+            else:
+                kind = "keyring entry"
+                found, remedy = _from_keyring(variable)
             if not found:
-                self._fail(element, name, f"the {kind} {variable} is not set", remedy)
+                state = "not set" if found is None else "empty"
+                self._fail(element, name, f"the {kind} {variable} is {state}", remedy)
                 return ""
             if source == "keyring":
                 self.secrets.add(found)
             if name != "connectionString":
                 return found
-            if raw[match.start() - 1 : match.start()] == "{":
+            if re.search(r"=\s*\{[^}]*$", raw[: match.start()]):
                 return found.replace("}", "}}")
-            # ODBC: a value with one of these characters stands in braces, a brace doubled.
-            special = re.search(r"[\[\]{}(),;?*=!@]|^\s|\s$", found)
-            return "{" + found.replace("}", "}}") + "}" if special else found
+            # ODBC: a value with a special character stands in braces, a brace doubled.  (psqlODBC
+            # reads + and % as in a URL, unless they stand in braces.)
+            whole = re.search(r"=\s*$", raw[: match.start()])
+            special = re.search(r"[\[\]{}(),;?*=!@+%]|^\s|\s$", found)
+            return "{" + found.replace("}", "}}") + "}" if whole and special else found
 
         return _PLACEHOLDER.sub(value, raw)
 
     def _text_of(self, element: etree._Element) -> str:
         """The SQL text of an element; children in it are errors."""
         list(self._children(element))
-        text = "".join(map(str, element.itertext(with_tail=False))).strip()
+        text = "".join([element.text or "", *(child.tail or "" for child in element)]).strip()
         if "TODO(user)" in text and self.used:
             self._fail(element, "", "still holds TODO(user)", "replace it by your own value")
         return text
@@ -890,7 +944,8 @@ class _ConfigReader:
         seen: set[str] = set()
         for element in parent.iterchildren("SQLDiff", "SQL", "Attendance", "GPA", "Tags"):
             name = element.get("file")
-            if name and (name.lower() in seen or name.lower() == FAILURES_NAME):
+            taken = {*seen, FAILURES_NAME, NOT_CONVERGED_NAME}
+            if name and name.lower() in taken:
                 self._fail(element, "file", f"'{name}' is taken already", "choose another name")
             seen.add(str(name).lower())
 
@@ -913,15 +968,20 @@ def _passwords(connection_string: str) -> Iterator[str]:
             yield match[1][1:-1].replace("}}", "}")
 
 
-def _from_keyring(name: str) -> str | None:
+def _from_keyring(name: str) -> tuple[str | None, str]:
+    """An entry of the system's password store, and what to do where there is none."""
     try:
         import keyring
+        import keyring.errors
     except ImportError:
-        raise ConfigError(
-            f"config.xml: ${{keyring:{name}}}: the package keyring is not installed",
-            "pip install keyring, or use ${env:...}",
-        ) from None
-    return keyring.get_password("sgsync", name)
+        return None, "pip install keyring, or write ${env:NAME}"
+    try:
+        return keyring.get_password("sgsync", name), f"store it: keyring set sgsync {name}"
+    except keyring.errors.KeyringError as error:
+        return (
+            None,
+            f"make the password store available ({one_line(error)}), or write ${{env:NAME}}",
+        )
 
 
 # ---------------------------------------------------------------------- connections: Sftp, Database
@@ -1042,8 +1102,9 @@ class Sftp:
         import stat
 
         entries: list[RemoteEntry] = []
-        with self._operation(f"{self.where}: {directory}: cannot be listed"):
-            for found in self._session().listdir_iter(directory, read_aheads=1):
+        subject = f"{self.where}: {directory}: cannot be listed"
+        with self._operation(subject):
+            for found in self._listed(subject, directory):
                 self._feed()
                 mode = found.st_mode or 0
                 entries.append(
@@ -1061,6 +1122,15 @@ class Sftp:
                         "clear out that directory, or correct the directory in <SFTP>",
                     )
         return sorted(entries, key=lambda entry: entry.name)
+
+    def _listed(self, subject: str, directory: str) -> Iterator[paramiko.SFTPAttributes]:
+        try:
+            yield from self._session().listdir_iter(directory, read_aheads=1)
+        except UnicodeDecodeError:
+            raise TransferError(
+                f"{subject}: a name in it is not UTF-8",
+                "ask the server's operator; no name of that kind belongs into an extract",
+            ) from None
 
     def read(self, path: str, size: int, *, ahead: bool) -> Iterator[bytes]:
         """The blocks of a file of `size` bytes; a file that goes on after them is an error.
@@ -1087,8 +1157,9 @@ class Sftp:
             with contextlib.suppress(Error), self._operation(subject):
                 file.close()
         if received != size:
+            what = "goes on behind" if received > size else "ended before"
             raise TransferError(
-                f"{self.where}: {path}: {received:,} bytes arrived where {size:,} were announced",
+                f"{self.where}: {path}: the file {what} the {size:,} bytes that were announced",
                 "see whether the file is still being written; the next run takes it again",
                 transient=True,
             )
@@ -1099,7 +1170,14 @@ class Sftp:
             try:
                 self._session().mkdir(path)
             except OSError:
-                self._session().stat(path)  # tells why, where it is not simply there already
+                try:
+                    self._session().stat(path)
+                except FileNotFoundError:
+                    there = False
+                else:
+                    there = True
+                if not there:
+                    raise
 
     def exists(self, path: str) -> bool:
         with self._operation(f"{self.where}: {path}: cannot be looked up"):
@@ -1122,7 +1200,9 @@ class Sftp:
             size = self._session().stat(path).st_size
         if size != sent:
             raise TransferError(
-                f"{self.where}: {path}: {size} bytes arrived of {sent}", transient=True
+                f"{self.where}: {path}: {size} bytes arrived of {sent}",
+                "see whether the server's disk is full",
+                transient=True,
             )
         return sent
 
@@ -1650,7 +1730,7 @@ def _replace(part: Path, path: Path) -> None:
     part.replace(path)
 
 
-# ---------------------------------------------------------------------- CSV: SortedCsv, csv_writer
+# ---------------------------------------------------------------------- CSV: CsvFile, csv_writer
 #
 # A file is read in blocks of whole records.  Each block is checked and brought into one canonical
 # form, bytes in which \0 stands between fields, \n after rows, and \xff for a line break inside a
@@ -1667,6 +1747,7 @@ _TO_CANONICAL = bytes.maketrans(b",", b"\0")
 _REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
 _LOOSE_QUOTE = re.compile(rb'[^,\r\n"]"|"[^,\r\n"]')
 _LONE_RETURN = re.compile(rb"\r(?!\n)")
+_BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
 _BREAK = b"\xff"
 
 
@@ -1721,13 +1802,14 @@ class CsvFile:
 
     def blocks(self, trim: bool = False, null_text: str | None = None) -> Iterator[Block]:
         """The rows; `trim` drops blanks at the end of fields, `null_text` stands for empty."""
-        null = re.compile(rb"(?<![^\0\n])" + re.escape((null_text or "").encode()) + rb"(?=[\0\n])")
+        text = (null_text or "").encode("utf-8", "surrogatepass").replace(b"\n", _BREAK)
+        null = re.compile(rb"(?<![^\0\n])" + re.escape(text) + rb"(?=[\0\n])")
         for raw in itertools.chain([self._rest] if self._rest else (), self._records):
             block = self._canonical(raw, self._line)
             self._line += raw.count(b"\n") if _BREAK in block.data else block.rows
             data = block.data
             if trim:
-                data = re.sub(rb" +(?=[\0\n])", b"", data)
+                data = _BLANKS_AT_END.sub(b"", data)
             if null_text:
                 data = null.sub(b"", data)
             yield block if data is block.data else dataclasses.replace(block, data=data)
@@ -1746,10 +1828,13 @@ class CsvFile:
         end = _record_end(first)
         header = first[:end]
         columns = decode_row(self._canonical(header, 1).data[:-1])
-        for name in columns:
-            if not name or columns.count(name) > 1:
-                what = f"the column '{one_line(name)}' stands there twice" if name else "no name"
+        seen: set[str] = set()
+        for number, name in enumerate(columns, 1):
+            if not name or name in seen:
+                what = f"the column '{one_line(name)}' stands there twice"
+                what = what if name else f"column {number} has no name"
                 self.fail(1, f"the header is wrong: {what}", "give each column a name of its own")
+            seen.add(name)
         self.columns = columns
         self._line += header.count(b"\n")
         return first[end:]
@@ -1777,6 +1862,12 @@ class CsvFile:
             self.fail(
                 self._line,
                 "a quoted field is never closed",
+                "see whether the file was cut off; export again",
+            )
+        if rest.endswith(b"\r"):
+            self.fail(
+                self._line + rest.count(b"\n"),
+                "a carriage return without a line feed",
                 "see whether the file was cut off; export again",
             )
         if rest:
@@ -1825,12 +1916,14 @@ class CsvFile:
                 return False
             self._regular_line = first
         if b'"' not in first:
-            return True
+            return not _has_lone_return(raw, first)
         # Two quotes a field: the one must open it and the other close it.
         quoted = first.count(b'"') // 2 * rows
         opened = raw.count(b',"') + raw.count(b'\n"') + raw.startswith(b'"')
-        closed = raw.count(b'",') + raw.count(b'"\r' if first.endswith(b"\r\n") else b'"\n')
-        return opened == closed == quoted
+        closed = raw.count(b'",') + raw.count(b'"\r\n' if first.endswith(b"\r\n") else b'"\n')
+        if not opened == closed == quoted:
+            return False
+        return first.endswith((b'"\r\n', b'"\n')) or not _has_lone_return(raw, first)
 
     def _canonical_irregular(self, raw: bytes, line: int) -> bytes:
         """The same for any block: split at the quotes, every other piece stands inside them."""
@@ -1871,6 +1964,18 @@ class CsvFile:
             offset += len(row) + 1
 
 
+def _has_lone_return(raw: bytes, first: bytes) -> bool:
+    """Whether the last, unquoted field of a row holds the row's \\r, not its end.
+
+    Costs half of raw.count(b"\\r\\n").
+    """
+    if not first.endswith(b"\r\n"):
+        return False
+    decoder = io.IncrementalNewlineDecoder(None, translate=False)
+    decoder.decode(raw.decode("latin-1"))
+    return decoder.newlines != "\r\n"
+
+
 def _record_end(raw: bytes) -> int:
     """The offset behind the first record of `raw`, which holds at least one."""
     end = quotes = 0
@@ -1888,8 +1993,8 @@ def _last_record_end(raw: bytes) -> int:
     """
     end = raw.rfind(b"\n") + 1
     odd = raw.count(b'"', 0, end) % 2
-    while odd:
-        before = raw.rfind(b"\n", 0, end - 1) + 1
+    while odd:  # Inside a quoted field: it has begun before the last quote.
+        before = raw.rfind(b"\n", 0, raw.rfind(b'"', 0, end)) + 1
         odd = (odd + raw.count(b'"', before, end)) % 2
         end = before
     return end
@@ -1906,7 +2011,7 @@ class Key:
             raise DataError(
                 f"{shown}: the key column '{missing[0]}' is not in the header "
                 f"({', '.join(map(one_line, columns))})",
-                "correct key=, or the name of the column in the query",
+                "correct the key, or the name of the column in the query",
             )
         self.indexes = tuple(columns.index(name) for name in self.names)
         self._numeric = tuple(name.endswith(":int") for name in spec)
@@ -1937,7 +2042,8 @@ class Key:
 
     def show(self, row: bytes) -> str:
         """A row's key for a message: `studentNumber=1001, startDate=2026-01-15`."""
-        return show_key(self.names, [decode_row(row)[index] for index in self.indexes])
+        values = [decode_row(row)[index] for index in self.indexes]
+        return show_key(self.names, [v if len(v) <= 100 else f"{v[:100]}..." for v in values])
 
 
 def show_key(names: Sequence[str], values: Sequence[str]) -> str:
@@ -1997,11 +2103,12 @@ class SortedRows:
             self._check_next(self.peek())
         self.position = end
 
-    def key_of(self, row: bytes) -> tuple[bytes | int, ...]:
+    def key_of(self, row: bytes, offset: int | None = None) -> tuple[bytes | int, ...]:
+        """The key of the row at `offset`, or at `position`."""
         try:
             return self.key.of(row)
         except ValueError:
-            line = self._block.line_at(max(0, self.data.find(row)))
+            line = self._block.line_at(self.position if offset is None else offset)
             raise not_a_number(self.csv_file, self.key, row, line) from None
 
     def _remember_last(self) -> None:
@@ -2013,7 +2120,8 @@ class SortedRows:
     def _check_next(self, row: bytes) -> None:
         """The row at `position` against the one before it."""
         self._remember_last()
-        if self._last is not None and not self.key_of(self._last) < self.key_of(row):
+        key = self.key_of(row)
+        if self._last is not None and not self.key.of(self._last) < key:
             line = self._last_block.line_at(self._start)
             self._refuse(self._last, line, row, self._block.line_at(self.position))
 
@@ -2022,8 +2130,10 @@ class SortedRows:
         try:
             keys = self.key.of_block(self.data)
         except ValueError:
+            offset = 0
             for row in self.data[:-1].split(b"\n"):
-                self.key_of(row)
+                self.key_of(row, offset)
+                offset += len(row) + 1
             raise
         if all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
             return
@@ -2035,13 +2145,13 @@ class SortedRows:
         self._refuse(before, line, row, self._block.line_at(offset + len(before) + 1))
 
     def _refuse(self, before: bytes, line_before: int, row: bytes, line: int) -> NoReturn:
-        if self.key_of(before) == self.key_of(row):
+        if self.key.of(before) == self.key.of(row):
             raise duplicate_key(self.csv_file, self.key, row, line_before, line)
         raise DataError(
             f"{self.csv_file.shown}:{line}: not sorted: line {line_before} has the key "
             f"{self.key.show(before)}, line {line} has {self.key.show(row)}",
             "sort by the key, compared as code points (on SQL Server: ORDER BY ... COLLATE "
-            'Latin1_General_BIN2), or set sort="true"',
+            'Latin1_General_BIN2), or set sort="true" (for diff: --sort)',
         )
 
 
@@ -2052,6 +2162,7 @@ def sorted_blocks(csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> Itera
     """
     import tempfile
 
+    folder = csv_file.path.parent
     with contextlib.ExitStack() as stack:
         runs: list[IO[bytes]] = []
         for numbered_rows in _numbered_rows(blocks):
@@ -2060,7 +2171,8 @@ def sorted_blocks(csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> Itera
             except ValueError:
                 _refuse_number(csv_file, key, numbered_rows)
             with local_errors(csv_file.path):
-                run = stack.enter_context(tempfile.TemporaryFile(dir=csv_file.path.parent))
+                place = folder if os.access(folder, os.W_OK) else None
+                run = stack.enter_context(tempfile.TemporaryFile(dir=place))
                 run.writelines(numbered_rows)
                 run.seek(0)
             runs.append(run)
@@ -2125,7 +2237,7 @@ def duplicate_key(
     return DataError(
         f"{csv_file.shown}:{line}: lines {line_before} and {line} have the same key "
         f"{key.show(row)}",
-        "add the column that tells them apart to key=, or let the source give one row a key",
+        "add the column that tells them apart to the key, or let the source give each key one row",
     )
 
 
@@ -2149,13 +2261,19 @@ def csv_text(binary: BinaryIO) -> io.TextIOWrapper:
 # ---------------------------------------------------------------------- stage: download
 
 
+@dataclasses.dataclass(frozen=True)
+class Extract:
+    """One epoch on the server; `modified` is the time of its newest file, seconds since 1970."""
+
+    epoch: str
+    modified: float
+    files: tuple[RemoteEntry, ...]
+
+
 def download(
     sftp: Sftp, settings: SftpSettings, folder: Path, tick: Tick, cancelled: threading.Event
-) -> str:
-    """Fetch the newest complete extract into `folder`; returns its epoch.
-
-    Raises TransferError, and HeldError where the extract is older than `maxAgeHours`.
-    """
+) -> Extract:
+    """Fetch the newest complete extract into `folder`.  Raises TransferError."""
     attempts = itertools.count()
 
     def track(size: int) -> None:
@@ -2163,15 +2281,15 @@ def download(
             raise CancelledError("download")
         tick(size)
 
-    def attempt() -> str:
+    def attempt() -> Extract:
         sftp.connect()
-        epoch, files = newest_extract(sftp, settings)
+        extract = newest_extract(sftp, settings)
         ahead = next(attempts) % 2 == 0  # Servers that choke on it get every other attempt.
-        for entry in files:
-            path = f"{settings.download_directory}/{epoch}/{entry.name}"
+        for entry in extract.files:
+            path = f"{settings.download_directory}/{extract.epoch}/{entry.name}"
             _download_file(sftp.read(path, entry.size, ahead=ahead), folder, entry, track)
-        log.info("downloaded %s of epoch %s", plural(len(files), "file"), epoch)
-        return epoch
+        log.info("downloaded %s of epoch %s", plural(len(extract.files), "file"), extract.epoch)
+        return extract
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -2180,8 +2298,8 @@ def download(
         sftp.close()  # The database may work for hours before the connection is needed again.
 
 
-def newest_extract(sftp: Sftp, settings: SftpSettings) -> tuple[str, list[RemoteEntry]]:
-    """The newest epoch that is complete, and its CSV files, their names and sizes checked."""
+def newest_extract(sftp: Sftp, settings: SftpSettings) -> Extract:
+    """The newest epoch that is complete, the names of its files checked."""
     top = settings.download_directory
     where = f"{sftp.where}: {top}"
     entries = sftp.listing(top)
@@ -2204,8 +2322,9 @@ def newest_extract(sftp: Sftp, settings: SftpSettings) -> tuple[str, list[Remote
             "<SFTP> takes an epoch without it",
         )
     _check_names(f"{where}/{epoch}", files)
-    _check_age(f"{where}/{epoch}", files, settings.max_age_hours)
-    return epoch, [e for e in files if e.is_file and e.name.lower().endswith(".csv")]
+    modified = max((entry.modified for entry in files if entry.is_file), default=0.0)
+    csv_files = [e for e in files if e.is_file and e.name.lower().endswith(".csv")]
+    return Extract(epoch, modified, tuple(csv_files))
 
 
 def _check_names(where: str, entries: list[RemoteEntry]) -> None:
@@ -2224,18 +2343,6 @@ def _check_names(where: str, entries: list[RemoteEntry]) -> None:
                 "ask the server's operator; no name of that kind belongs into an extract",
             )
         seen.add(entry.name.lower())
-
-
-def _check_age(where: str, entries: list[RemoteEntry], max_age_hours: int) -> None:
-    newest = max((entry.modified for entry in entries if entry.is_file), default=0.0)
-    hours = (time.time() - newest) / 3600
-    if max_age_hours and hours > max_age_hours:
-        raise HeldError(
-            f"{where}: the newest complete extract is {hours:,.0f} hours old, more than "
-            f"maxAgeHours={max_age_hours}; nothing was written",
-            "ask SameGoal why no newer extract was made, or raise maxAgeHours on <SFTP> "
-            "(0 switches this off)",
-        )
 
 
 def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, tick: Tick) -> None:
@@ -2327,25 +2434,37 @@ class Counts:
     insert: int = 0
     update: int = 0
     delete: int = 0
-    headless: bool = False  # The source has 0 bytes, not even a header.
 
     def of(self, operation: str) -> int:
         return int(getattr(self, operation))
 
     def __str__(self) -> str:
-        return f"{self.insert:,} inserted, {self.update:,} updated, {self.delete:,} deleted"
+        return f"{self.insert:,} to insert, {self.update:,} to update, {self.delete:,} to delete"
 
 
-def diff(source: Path, database: Path, changes: BinaryIO, spec: SqlDiff) -> Counts:
+def diff(
+    source: Path,
+    database: Path,
+    changes: BinaryIO,
+    spec: SqlDiff,
+    shown: Sequence[str] = (),
+    *,
+    may_be_empty: bool = False,
+) -> Counts:
     """Compare two sorted CSV files; write what makes `database` equal to `source`.
 
     `changes` gets one line a change: `operation`, then every column before (`before_name`), then
-    every column after (`after_name`).  Memory is bounded whatever the size.  Raises DataError.
+    every column after (`after_name`).  Memory is bounded whatever the size.  Raises DataError,
+    whose message calls the files `shown`, else `ia/iep.csv` and `ic/iep.csv`.  Updates that differ
+    in form alone are logged.  With `may_be_empty` a source of 0 bytes is one without rows.
     """
-    shown = [f"{path.parent.name}/{path.name}" for path in (source, database)]
+    shown = shown or [f"{path.parent.name}/{path.name}" for path in (source, database)]
     with CsvFile(source, shown[0]) as ours, CsvFile(database, shown[1]) as theirs:
-        columns = ours.columns or theirs.columns
-        check_columns(ours, theirs)
+        if theirs.columns and not ours.columns and may_be_empty:
+            columns = theirs.columns
+        else:
+            check_columns(ours, theirs)
+            columns = ours.columns
         key = Key(spec.key, columns, shown[1])
         sides = []
         for file in (ours, theirs):
@@ -2353,26 +2472,150 @@ def diff(source: Path, database: Path, changes: BinaryIO, spec: SqlDiff) -> Coun
             if spec.sort:
                 blocks = sorted_blocks(file, blocks, key)
             sides.append(SortedRows(file, blocks, key, check_blocks=file is ours))
-        counts = Counts(headless=not ours.columns)
+        counts, forms = Counts(), FormDifferences(spec, key)
         text = csv_text(changes)
-        write = csv.writer(text).writerow
-        write(["operation", *(f"before_{c}" for c in columns), *(f"after_{c}" for c in columns)])
-        nothing = ("",) * len(columns)
-        for operation, before, after in merge(*sides):
-            setattr(counts, operation, counts.of(operation) + 1)
-            row_before = decode_row(before) if before else nothing
-            write([operation, *row_before, *(decode_row(after) if after else nothing)])
-        text.detach()
+        try:
+            write = csv.writer(text).writerow
+            names = (f"{side}_{name}" for side in ("before", "after") for name in columns)
+            write(["operation", *names])
+            nothing = ("",) * len(columns)
+            for operation, before, after in merge(*sides):
+                row_before = decode_row(before) if before else nothing
+                row_after = decode_row(after) if after else nothing
+                if operation == UPDATE and forms.ignored(row_before, row_after):
+                    continue
+                setattr(counts, operation, counts.of(operation) + 1)
+                write([operation, *row_before, *row_after])
+        finally:
+            text.detach()  # else it would close `changes`, which may be standard output
+        forms.report(columns)
         counts.rows, counts.database_rows = sides[0].rows, sides[1].rows
     return counts
 
 
+class FormDifferences:
+    """Updates in which no value differs, only how it is written: `1.50` and `1.5`.
+
+    A procedure that is called for them changes nothing, so they come again every night.  Values
+    are told as their shape alone: they may be personal.
+    """
+
+    LOOKED_AT = 10_000  # as many updates tell enough
+
+    def __init__(self, spec: SqlDiff, key: Key) -> None:
+        self.spec, self.key = spec, key
+        self.ignore = {"case"} if spec.ignore_case else set()
+        self.ignore |= {"number"} if spec.ignore_number_form else set()
+        self.updates = self.formal = 0
+        self.found: dict[tuple[int, str], tuple[int, str]] = {}  # column, kind -> count, example
+
+    def ignored(self, before: Row, after: Row) -> bool:
+        """Whether the row counts as equal; else it is counted as one update."""
+        if not self.ignore and self.updates >= self.LOOKED_AT:
+            return False
+        kinds = {
+            index: form_difference(*values)
+            for index, values in enumerate(zip(before, after, strict=True))
+            if values[0] != values[1]
+        }
+        if self.ignore.issuperset(kinds.values()):
+            return True
+        self.updates += 1
+        if all(kinds.values()):
+            self.formal += 1
+            for index, kind in kinds.items():
+                count, example = self.found.get((index, kind), (0, ""))
+                example = example or self._example(index, kind, before, after)
+                self.found[index, kind] = count + 1, example
+        return False
+
+    def report(self, columns: Row) -> None:
+        if self.formal * 2 <= self.updates:
+            return
+        for (index, kind), (count, example) in self.found.items():
+            log.warning(
+                "%s: %s of %s differ only in form: column %s, %s, %s",
+                self.spec.file,
+                f"{count:,}",
+                plural(self.updates, "update"),
+                one_line(columns[index]),
+                FORMS[kind],
+                example,
+            )
+
+    def _example(self, index: int, kind: str, before: Row, after: Row) -> str:
+        key = show_key(self.key.names, [after[i] for i in self.key.indexes])
+        shapes = f"'{shape(before[index])}' in the database, '{shape(after[index])}' from SameGoal"
+        return f"as in {key}: {shapes}; {_settled_by(kind, before[index], after[index])}"
+
+
+FORMS = {
+    "blanks": "blanks at the end",
+    "case": "letter case",
+    "number": "the form of a number",
+    "date": "the form of a date",
+    "null": "a word for an empty field",
+}
+DATE_FORMS = (
+    "%Y-%m-%d", "%m/%d/%Y", "%m/%d/%y", "%Y%m%d", "%d.%m.%Y", "%m-%d-%Y", "%Y/%m/%d",
+    "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%m/%d/%Y %H:%M:%S",
+)  # fmt: skip
+
+
+def form_difference(before: str, after: str) -> str:
+    """The kind of FORMS in which two texts for one value differ; '' where the values differ."""
+    if before.rstrip() == after.rstrip():
+        return "blanks"
+    if before.casefold() == after.casefold():
+        return "case"
+    if {before, after} & {"NULL", "null", "None", "\\N"} and "" in (before, after):
+        return "null"
+    if _plain_number(before) == _plain_number(after) is not None:
+        return "number"
+    dates = [_date(text) for text in (before, after)]
+    return "date" if dates[0] and dates[1] and dates[0][0] == dates[1][0] else ""
+
+
+def _plain_number(text: str) -> decimal.Decimal | None:
+    plain = re.fullmatch(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*", text, re.ASCII) and len(text) < 40
+    return decimal.Decimal(text.strip()) if plain else None
+
+
+def _date(text: str) -> tuple[datetime.datetime, str] | None:
+    """A date and the form it is written in."""
+    for form in DATE_FORMS if 6 <= len(text) <= 23 and text[:1].isdigit() else ():
+        with contextlib.suppress(ValueError):
+            return datetime.datetime.strptime(text.removesuffix(".000"), form), form
+    return None
+
+
+def shape(text: str) -> str:
+    """A value without what it says: `Ann 12.50` is `Xxx 99.99`."""
+    marked = "".join(
+        "X" if c.isupper() else "x" if c.isalpha() else "9" if c.isdigit() else c for c in text[:40]
+    )
+    return one_line(f"[{marked}]")[1:-1]
+
+
+def _settled_by(kind: str, before: str, after: str) -> str:
+    found = _date(after)
+    attribute_text = {
+        "blanks": 'trim="true"',
+        "case": 'ignoreCase="true"',
+        "number": 'ignoreNumberForm="true"',
+        "null": f'nullText="{before or after}"',
+        "date": f'dateFormat="{found[1] if found else ""}"',
+    }[kind]
+    return f"{attribute_text} on this <SQLDiff> would settle it"
+
+
 def check_columns(source: CsvFile, database: CsvFile) -> None:
-    """Both sides must have the same columns in the same order; a source of 0 bytes has none."""
+    """Both sides must have the same columns in the same order."""
+    for file in (source, database):
+        if not file.columns:
+            raise DataError(f"{file.shown}: is empty, it has not even a header", "export it again")
     ours, theirs = source.columns, database.columns
-    if not theirs:
-        raise DataError(f"{database.shown}: is empty, it has not even a header", "export it again")
-    if not ours or ours == theirs:
+    if ours == theirs:
         return
     missing = [name for name in theirs if name not in ours]
     extra = [name for name in ours if name not in theirs]
@@ -2458,47 +2701,99 @@ def common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
 # ---------------------------------------------------------------------- stage: limits
 
 
-def check_limits(found: Sequence[tuple[SqlDiff, Counts]], limits: Limits, *, force: bool) -> None:
-    """Raise HeldError where a file has more changes than its limits allow, naming every one.
+def over_limits(
+    found: Sequence[tuple[SqlDiff, Counts]], limits: Limits, folder: Path, approved: Path | None
+) -> list[str]:
+    """What goes beyond the limits, one sentence a file and operation; [] where nothing does.
 
-    A source without rows is held whatever the limits, while the database has rows.
+    `folder` holds the diff files.  Changes that the diff files of the held run `approved` show do
+    not count.  A source without rows is over every limit while the database has rows.
     """
     reasons = []
     for spec, counts in found:
-        if not counts.rows and counts.database_rows:
-            what = "is empty" if counts.headless else "holds a header and no rows"
-            reasons.append(
-                f"{spec.file}: the file from SameGoal {what}, the database has "
-                f"{plural(counts.database_rows, 'row')}: all would be deleted"
-            )
-            continue
-        for operation, limit in (
-            (DELETE, spec.max_deletes or limits.max_deletes),
-            (UPDATE, spec.max_updates or limits.max_updates),
-        ):
+        emptied = not counts.rows and counts.database_rows > 0
+        deletes = (DELETE, spec.max_deletes or limits.max_deletes, "maxDeletes")
+        if emptied:
+            deletes = DELETE, Limit(0, percent=False), "SameGoal's file is empty, so the limit"
+        updates = (UPDATE, spec.max_updates or limits.max_updates, "maxUpdates")
+        for operation, limit, name in (deletes, updates):
             changes = counts.of(operation)
-            if not limit.allows(changes, counts.database_rows):
-                name = "maxDeletes" if operation == DELETE else "maxUpdates"
+            if limit.allows(changes, counts.database_rows):
+                continue
+            path, shown = folder / spec.file, approved / spec.file if approved else None
+            left = _unapproved(path, shown, operation)
+            if not limit.allows(left, counts.database_rows):
+                beyond = f" ({left:,} of them not approved)" if left < changes else ""
                 reasons.append(
-                    f"{spec.file}: {plural(changes, operation)} of "
-                    f"{plural(counts.database_rows, 'row')}, {name} is {limit}"
+                    f"{spec.file}: {plural(changes, operation)}{beyond} of "
+                    f"{plural(counts.database_rows, 'row')}, {name} is {limit}; "
+                    f"they begin with {_first_keys(path, spec, operation)}"
                 )
-    if not reasons:
-        return
-    for reason in reasons:
-        log.warning("%s", reason)
-    if any(counts.headless for _, counts in found):
-        force = False  # Without a header it is no extract at all.
-    if not force:
-        raise HeldError(
-            "held, nothing was written: " + "; ".join(reasons),
-            "look at the files in diff/ of this run; if they are right, run again with --force, "
-            "else correct the source",
-        )
-    log.warning("the limits are skipped (--force)")
+    return reasons
+
+
+def _unapproved(changes: Path, approved: Path | None, operation: str) -> int:
+    """How many changes of `operation` do not stand in the approved diff file, to the letter."""
+    import hashlib
+
+    def digests(path: Path) -> Iterator[bytes]:
+        for change in read_changes(path, operation):
+            yield hashlib.blake2b(
+                "\0".join(map("\0".join, change)).encode(), digest_size=16
+            ).digest()
+
+    seen = set(digests(approved)) if approved and approved.is_file() else set()
+    return sum(digest not in seen for digest in digests(changes))
+
+
+def _first_keys(changes: Path, spec: SqlDiff, operation: str) -> str:
+    columns = change_columns(changes)
+    names = [name.removesuffix(":int") for name in spec.key or columns]
+    rows = (before for before, _ in itertools.islice(read_changes(changes, operation), 3))
+    return "; ".join(show_key(names, [row[columns.index(n)] for n in names]) for row in rows)
+
+
+def too_old(extract: Extract, max_age_hours: int) -> str:
+    """Why an extract is stale, or ''."""
+    hours = (time.time() - extract.modified) / 3600
+    if not max_age_hours or hours <= max_age_hours:
+        return ""
+    return (
+        f"the newest complete extract, {extract.epoch}, is {hours:,.0f} hours old, maxAgeHours is "
+        f"{max_age_hours}"
+    )
 
 
 # ---------------------------------------------------------------------- stage: apply
+
+
+def check_parameters(spec: SqlDiff, columns: Row) -> None:
+    """Raise ConfigError for a `parameters=` that names no column of the file."""
+    for operation, call in spec.calls.items():
+        for name in call.parameters or ():
+            if name not in columns:
+                raise ConfigError(
+                    f"config.xml:{spec.line}: <{operation.title()}> of {spec.file}: parameters= "
+                    f"names '{name}', which is no column of the file",
+                    f"the columns are {', '.join(map(one_line, columns))}",
+                )
+
+
+def change_columns(changes: Path) -> Row:
+    """The columns of the rows in a diff file."""
+    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
+        header = next(csv.reader(file))
+    return tuple(name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2])
+
+
+def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
+    """The rows before and after of each change of `operation` in a diff file."""
+    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
+        records = csv.reader(file)
+        end = 1 + len(next(records)) // 2
+        for record in records:
+            if record[0] == operation:
+                yield tuple(record[1:end]), tuple(record[end:])
 
 
 class Failures:
@@ -2506,6 +2801,7 @@ class Failures:
 
     def __init__(self, path: Path, limit: int) -> None:
         self.path, self.limit, self.count = path, limit, 0
+        self.rows: set[tuple[str, str, str]] = set()  # file, operation, key
         self._file: TextIO | None = None
 
     def __enter__(self) -> Failures:
@@ -2515,7 +2811,9 @@ class Failures:
         if self._file:
             self._file.close()
 
-    def add(self, operation: str, key: str, procedure: str, error: DatabaseError) -> None:
+    def add(
+        self, file: str, operation: str, key: str, procedure: str, error: DatabaseError
+    ) -> None:
         with local_errors(self.path):
             if self._file is None:
                 self._file = self.path.open("w", encoding="utf-8", newline="")
@@ -2523,6 +2821,7 @@ class Failures:
             csv.writer(self._file).writerow([operation, key, procedure, error.message])
             self._file.flush()
         self.count += 1
+        self.rows.add((file, operation, key))
         log.error("%s of %s failed: %s: %s", operation, key, procedure, error.message)
         if self.count > self.limit:
             raise DatabaseError(
@@ -2540,18 +2839,9 @@ class Applier:
         self.spec, self.call = spec, spec.calls[operation]
 
     def bind(self, columns: Row) -> None:
-        """Settle which columns are passed; raises ConfigError for one that does not exist."""
-        names = self.call.parameters
+        """Settle which columns are passed."""
         key = tuple(name.removesuffix(":int") for name in self.spec.key or columns)
-        if names is None:
-            names = key if self.operation == DELETE else columns
-        for name in names:
-            if name not in columns:
-                raise ConfigError(
-                    f"config.xml:{self.spec.line}: <{self.operation.title()}> of {self.spec.file}: "
-                    f"parameters= names '{name}', which is no column of the file",
-                    f"the columns are {', '.join(map(one_line, columns))}",
-                )
+        names = self.call.parameters or (key if self.operation == DELETE else columns)
         self.key_names, self._key = key, [columns.index(name) for name in key]
         self._indexes = [columns.index(name) for name in names]
 
@@ -2580,7 +2870,8 @@ class Applier:
                     masked.remedy,
                     sqlstate=error.sqlstate,
                 ) from error
-            self.failures.add(self.operation, key, self.call.procedure or "SQL", masked)
+            name = self.call.procedure or "SQL"
+            self.failures.add(self.spec.file, self.operation, key, name, masked)
 
     def _batch(self, rows: Sequence[Row]) -> None:
         """All rows in one transaction; it is rolled back whole at the first error."""
@@ -2633,20 +2924,13 @@ def apply(
                 spec.file, plural(counts.of(operation), operation), operation.title(),
             )  # fmt: skip
             continue
-        with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
-            records = csv.reader(file)
-            width = len(next(records)) // 2
-            file.seek(0)
-            records = csv.reader(file)
-            header = next(records)
-            columns = tuple(name.removeprefix("before_") for name in header[1 : width + 1])
-            applier = Applier(database, spec, operation, failures)
-            applier.bind(columns)
-            begin = 1 if operation == DELETE else 1 + width
-            rows = (tuple(r[begin : begin + width]) for r in records if r[0] == operation)
-            for batch in batched(rows, database.settings.batch_size):
-                applier.apply(batch)
-                tick(len(batch))
+        applier = Applier(database, spec, operation, failures)
+        applier.bind(change_columns(changes))
+        pairs = read_changes(changes, operation)
+        rows = (before if operation == DELETE else after for before, after in pairs)
+        for batch in batched(rows, database.settings.batch_size):
+            applier.apply(batch)
+            tick(len(batch))
 
 
 # ---------------------------------------------------------------------- stage: statements
@@ -3226,7 +3510,7 @@ class Run:
         self.history, self.folder = history, _new_epoch(history)
         self.epoch = self.folder.name
         self._began = time.monotonic()
-        self.failed = 0
+        self.failed = self.not_converged = 0
         self.summary: dict[str, Any] = {
             "command": command,
             "version": __version__,
@@ -3285,6 +3569,9 @@ def open_run(options: argparse.Namespace) -> Iterator[Run]:
         )  # fmt: skip
         handler.handle(record)  # The console is told by main.
         with contextlib.suppress(Error):
+            if isinstance(error, HeldError):
+                with new_file(run.folder / HELD) as file:
+                    file.write(redact(describe(error)).encode("utf-8") + b"\n")
             run.conclude(outcome, code, describe(error))
         raise
     finally:
@@ -3356,18 +3643,19 @@ def run_sync(options: argparse.Namespace) -> Run:
     with open_run(options) as run, only_run(run, "sync"):
         config = load_config(options.config, "sync")
         keep_secret(config.secrets)
+        warn_of_readable(config.path, options.home / config.sftp.private_key)
         with (
             Display(options.terminal) as display,
             Sftp(config.sftp, options.home) as sftp,
             Database(config.database) as database,
         ):
-            fetch_both_sides(config, sftp, database, run, display)
+            extract = fetch_both_sides(config, sftp, database, run, display)
             found = diff_files(config, run, display)
-            check_limits(found, config.limits, force=options.force)
-            if options.dry_run:
-                run.conclude("dry run", 0, sentence(found, "would be "))
+            if not may_go_on(config, extract, found, run, options):
                 return run
-            apply_changes(config, database, found, run, display)
+            failures = apply_changes(config, database, found, run, display)
+            if config.database.verify:
+                verify_changes(database, found, failures, run, display)
             with display.stage("statements") as tick:
                 made = run_statements(database, config.statements, run.folder, tick)
             run.summary["statement_files"] = made
@@ -3386,6 +3674,7 @@ def run_schoolinks(options: argparse.Namespace) -> Run:
         config = load_config(options.config, "schoolinks")
         settings = config.schoolinks
         login, server = schoolinks_credentials(settings, options.home)
+        warn_of_readable(config.path)
         keep_secret(config.secrets | {login.password, server.password, server.passphrase} - {""})
         with Display(options.terminal) as display:
             with display.stage("PowerSchool"), Oracle(settings, login) as powerschool:
@@ -3412,7 +3701,7 @@ def run_schoolinks(options: argparse.Namespace) -> Run:
 
 def fetch_both_sides(
     config: Config, sftp: Sftp, database: Database, run: Run, display: Display
-) -> None:
+) -> Extract:
     """Download SameGoal's extract and export the database's tables, both at the same time."""
     cancelled = threading.Event()
 
@@ -3421,7 +3710,7 @@ def fetch_both_sides(
         sftp.close()
         database.cancel()
 
-    def download_extract() -> str:
+    def download_extract() -> Extract:
         with display.stage("download") as tick:
             return download(sftp, config.sftp, run.folder / "ia", tick, cancelled)
 
@@ -3434,7 +3723,9 @@ def fetch_both_sides(
                 rows = retried(work, cancelled)
             log.info("exported %s: %s", spec.file, plural(rows, "row"))
 
-    run.summary["source_epoch"] = together(download_extract, export_tables, cancel)
+    extract = together(download_extract, export_tables, cancel)
+    run.summary["source_epoch"] = extract.epoch
+    return extract
 
 
 def diff_files(config: Config, run: Run, display: Display) -> list[tuple[SqlDiff, Counts]]:
@@ -3450,16 +3741,93 @@ def diff_files(config: Config, run: Run, display: Display) -> list[tuple[SqlDiff
                 f"file (config.xml:{spec.line}); it has: {there}",
                 "correct file= of that <SQLDiff>, or ask SameGoal to export the file",
             )
-        with display.stage(f"diff {spec.file}"), new_file(run.folder / "diff" / spec.file) as out:
-            counts = diff(source, database, out, spec)
+        changes = run.folder / "diff" / spec.file
+        with display.stage(f"diff {spec.file}"), new_file(changes) as out:
+            counts = diff(source, database, out, spec, may_be_empty=True)
+        check_parameters(spec, change_columns(changes))
         log.info("%s: %s, of them %s", spec.file, plural(counts.rows, "row"), counts)
         run.summary["files"].append(
             {"file": spec.file}
-            | {k: v for k, v in dataclasses.asdict(counts).items() if k != "headless"}
+            | dataclasses.asdict(counts)
             | {"failed": 0, "seconds": round(time.monotonic() - began, 3)}
         )
         found.append((spec, counts))
     return found
+
+
+def may_go_on(
+    config: Config,
+    extract: Extract,
+    found: Sequence[tuple[SqlDiff, Counts]],
+    run: Run,
+    options: argparse.Namespace,
+) -> bool:
+    """Whether the changes are to be written; False ends a dry run.
+
+    Raises HeldError where the limits or the age of the extract forbid it and neither `--force` nor
+    `--approve` allows it.
+    """
+    approved = held_run(run.history, options.approve) if options.approve else None
+    held_diff = approved.folder / "diff" if approved else None
+    reasons = over_limits(found, config.limits, run.folder / "diff", held_diff)
+    stale = too_old(extract, config.sftp.max_age_hours)
+    if stale:
+        run.summary["stale_epoch"] = extract.epoch
+        if not approved or approved.stale_epoch != extract.epoch:
+            reasons.append(stale)
+    for reason in reasons:
+        log.warning("%s", reason)
+    if options.dry_run:
+        would = f"; it would be held: {'; '.join(reasons)}" if reasons else ""
+        run.conclude("dry run", 0, sentence(found, "would be ") + would)
+        return False
+    if not reasons:
+        return True
+    if options.force:
+        log.warning("the limits are skipped (--force)")
+        return True
+    counts = ", ".join(f"{spec.file}: {counts}" for spec, counts in found)
+    raise HeldError(
+        f"held, nothing was written: {'; '.join(reasons)}. In all: {counts}",
+        f"look at diff/ in this run's folder; if the changes are right, approve just these: "
+        f"{approval(run.epoch, options)}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldRun:
+    """A run that a limit stopped; naming it with `--approve` allows what it showed."""
+
+    folder: Path
+    stale_epoch: str
+
+
+def held_run(history: Path, epoch: str) -> HeldRun:
+    folder = history / epoch
+    if not EPOCH.fullmatch(epoch) or not (folder / HELD).is_file():
+        kept = [p.name for p in history.iterdir() if (p / HELD).is_file()]
+        raise ConfigError(
+            f"--approve {one_line(epoch)}: there is no held run of that name",
+            f"held runs are: {', '.join(sorted(kept)) or 'none'}",
+        )
+    try:
+        summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = {}
+    return HeldRun(folder, str(summary.get("stale_epoch", "")))
+
+
+def approval(epoch: str, options: argparse.Namespace) -> str:
+    """The command that approves a held run, as it can be typed on this machine."""
+    import subprocess
+
+    words = [sys.executable] if getattr(sys, "frozen", False) else [sys.executable, str(SCRIPT)]
+    words += ["sync", "--approve", epoch]
+    if options.home != default_home():
+        words += ["--home", str(options.home)]
+    if options.config != options.home / "config.xml":
+        words += ["--config", str(options.config)]
+    return subprocess.list2cmdline(words)
 
 
 def apply_changes(
@@ -3468,45 +3836,110 @@ def apply_changes(
     found: Sequence[tuple[SqlDiff, Counts]],
     run: Run,
     display: Display,
-) -> None:
+) -> Failures:
     """Apply the changes of every file in the order of the SQLDiff elements."""
     with Failures(run.folder / FAILURES_NAME, config.limits.max_failures) as failures:
         for (spec, counts), line in zip(found, run.summary["files"], strict=True):
             began, before = time.monotonic(), failures.count
-            total = sum(counts.of(operation) for operation in OPERATIONS)
+            total = sum(counts.of(operation) for operation in spec.calls)
+            changes = run.folder / "diff" / spec.file
+            with display.stage(f"apply {spec.file}", total) as tick:
+                apply(database, spec, changes, counts, failures, tick)
             if total:
-                changes = run.folder / "diff" / spec.file
-                with display.stage(f"apply {spec.file}", total) as tick:
-                    apply(database, spec, changes, counts, failures, tick)
                 log.info("%s: applied", spec.file)
-            line["failed"] = failures.count - before
+            line["failed"] = run.failed = failures.count
+            line["failed"] -= before
             line["seconds"] = round(line["seconds"] + time.monotonic() - began, 3)
-            run.failed = failures.count
+    return failures
+
+
+def verify_changes(
+    database: Database,
+    found: Sequence[tuple[SqlDiff, Counts]],
+    failures: Failures,
+    run: Run,
+    display: Display,
+) -> None:
+    """Export and compare the changed files again; what still differs goes to notconverged.csv.
+
+    Rows that failed are not told again, nor those that no procedure is there for.
+    """
+    before = _not_converged_before(run)
+    left: list[Row] = []
+    for spec, counts in found:
+        if not any(counts.of(operation) for operation in spec.calls):
+            continue
+        table, changes = (run.folder / "verify" / kind / spec.file for kind in ("ic", "diff"))
+        with display.stage(f"verify {spec.file}") as tick:
+            export(database, spec, table, tick)
+            with new_file(changes) as out:
+                diff(run.folder / "ia" / spec.file, table, out, spec, may_be_empty=True)
+        columns = change_columns(changes)
+        names = [name.removesuffix(":int") for name in spec.key or columns]
+        for operation, call in spec.calls.items():
+            for old, new in read_changes(changes, operation):
+                row = old if operation == DELETE else new
+                key = show_key(names, [row[columns.index(name)] for name in names])
+                if (spec.file, operation, key) not in failures.rows:
+                    runs = before.get((spec.file, operation, key), 0) + 1
+                    left.append((spec.file, operation, key, call.procedure or "SQL", str(runs)))
+    run.not_converged = len(left)
+    if left:
+        with csv_writer(run.folder / NOT_CONVERGED_NAME) as write:
+            write([("file", "operation", "key", "procedure", "runs")])
+            write(left)
+    for file, operation, key, procedure, times in left:
+        again = f", {times} runs in a row: the procedure has no effect" if int(times) > 2 else ""
+        log.error("%s: %s of %s by %s did not converge%s", file, operation, key, procedure, again)
+
+
+def _not_converged_before(run: Run) -> dict[tuple[str, str, str], int]:
+    """file, operation and key -> runs, of the last run that applied its changes."""
+    earlier = sorted(p for p in run.history.iterdir() if (p / COMPLETE).is_file())
+    path = earlier[-1] / NOT_CONVERGED_NAME if earlier else None
+    if not path or not path.is_file():
+        return {}
+    with local_errors(path), path.open(encoding="utf-8", newline="") as file:
+        return {(r["file"], r["operation"], r["key"]): int(r["runs"]) for r in csv.DictReader(file)}
 
 
 def conclude_applied(found: Sequence[tuple[SqlDiff, Counts]], run: Run) -> None:
     """The outcome of a run that has applied everything, as it is pushed."""
+    problems = []
     if run.failed:
-        what = f"{plural(run.failed, 'row')} failed, see {FAILURES_NAME}; {sentence(found)}"
-        run.conclude("partial", ROWS_FAILED, what)
+        problems.append(f"{plural(run.failed, 'row')} failed, see {FAILURES_NAME}")
+    if run.not_converged:
+        problems.append(f"{plural(run.not_converged, 'row')} did not converge, see "
+                        f"{NOT_CONVERGED_NAME}")  # fmt: skip
+    if problems:
+        run.conclude("partial", ROWS_FAILED, f"{'; '.join(problems)}; of {sentence(found)}")
     else:
         run.conclude("complete", 0, sentence(found))
 
 
 def sentence(found: Sequence[tuple[SqlDiff, Counts]], would: str = "") -> str:
     """The outcome in words: `3 rows inserted, 1 row updated, ...`, or that nothing differed."""
-    totals = {op: sum(counts.of(op) for _, counts in found) for op in OPERATIONS}
-    if not any(totals.values()):
+    totals, left = dict.fromkeys(OPERATIONS, 0), 0
+    for spec, counts in found:
+        for operation in OPERATIONS:
+            if operation in spec.calls:
+                totals[operation] += counts.of(operation)
+            else:
+                left += counts.of(operation)
+    if not left and not any(totals.values()):
         return "nothing to do: both sides are equal"
-    rows = [
-        f"{plural(totals[operation], 'row')} {would}{participle}"
-        for operation, participle in (
-            (INSERT, "inserted"),
-            (UPDATE, "updated"),
-            (DELETE, "deleted"),
-        )
-    ]
-    return ", ".join(rows)
+    words = ((INSERT, "inserted"), (UPDATE, "updated"), (DELETE, "deleted"))
+    parts = [f"{plural(totals[operation], 'row')} {would}{word}" for operation, word in words]
+    return ", ".join(parts + ([f"{plural(left, 'row')} left alone"] if left else []))
+
+
+def warn_of_readable(*paths: Path) -> None:
+    """Warn of files with secrets that others on this machine can read."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if os.name == "posix" and path.stat().st_mode & 0o077:
+                log.warning("%s can be read by others on this machine\nTry: chmod 600 %s",
+                            path, path)  # fmt: skip
 
 
 # ---------------------------------------------------------------------- command line: main
@@ -3558,10 +3991,12 @@ def describe(error: BaseException) -> str:
     )
 
 
+SCRIPT = Path(__file__).resolve()
+
+
 def default_home() -> Path:
     """The folder of the script or of the frozen executable, never the working directory."""
-    here = sys.executable if getattr(sys, "frozen", False) else __file__
-    return Path(here).resolve().parent
+    return Path(sys.executable).resolve().parent if getattr(sys, "frozen", False) else SCRIPT.parent
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3584,7 +4019,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     sync = commands.add_parser("sync", parents=[common], help="the nightly integration")
     sync.add_argument("--dry-run", action="store_true", help="stop after the diff, write nothing")
-    sync.add_argument("--force", action="store_true", help="skip the limits")
+    over = sync.add_mutually_exclusive_group()
+    over.add_argument("--force", action="store_true", help="skip the limits")
+    over.add_argument("--approve", metavar="EPOCH", help="do what a held run showed, and only that")
     schoolinks = commands.add_parser(
         "schoolinks", parents=[common], help="build and upload the files for SchooLinks"
     )
@@ -3625,28 +4062,52 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _check_readable(path: Path) -> None:
+    try:
+        path.stat()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "correct the name of the file") from None
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder", "name a CSV file in it")
+    if not os.access(path, os.R_OK):
+        raise ConfigError(f"{path}: may not be read", "let your account read the file")
+
+
+@contextlib.contextmanager
+def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO]:
+    """Where `diff` writes: standard output, a new file, or a device or pipe as it is."""
+    if path is None:
+        if sys.stdout is None:
+            raise ConfigError("there is no standard output", "name a file with --output")
+        with local_errors(Path("standard output")):
+            yield sys.stdout.buffer
+    elif path.is_dir():
+        raise ConfigError(f"--output {path}: is a folder", "name a file in it")
+    elif any(path.exists() and path.samefile(file) for file in inputs):
+        raise ConfigError(f"--output {path}: is one of the files compared", "name another file")
+    elif path.exists() and not path.is_file():  # Nothing may replace /dev/null.
+        with local_errors(path), path.open("wb") as device:
+            yield device
+    else:
+        with new_file(path) as file:
+            yield file
+
+
 def run_diff(options: argparse.Namespace) -> None:
     """`sgsync.py diff`: the diff alone, on two files."""
     try:
-        key = _key(options.key) if options.key else None
+        key = None if options.key is None else _key(options.key)
     except ValueError as error:
         raise ConfigError(f"--key '{one_line(options.key)}': {error}", "--key id,start") from None
     spec = _defaults(
         SqlDiff, file=options.source.name, key=key, sort=options.sort, trim=options.trim,
         null_text=options.null_text,
     )  # fmt: skip
-    for path in (options.source, options.target):
-        with local_errors(path):
-            size = path.stat().st_size
-        if not size:
-            raise DataError(f"{path}: is empty, it has not even a header", "export it again")
-    if options.output:
-        with new_file(options.output) as file:
-            counts = diff(options.source, options.target, file, spec)
-    elif sys.stdout is None:
-        raise ConfigError("there is no standard output to write to", "name a file with --output")
-    else:
-        counts = diff(options.source, options.target, sys.stdout.buffer, spec)
+    files = (options.source, options.target)
+    for path in files:
+        _check_readable(path)
+    with _diff_output(options.output, files) as changes:
+        counts = diff(*files, changes, spec, [str(path) for path in files])
     log.info("%s, %s: %s", plural(counts.rows, "row"), plural(counts.database_rows, "row"), counts)
 
 

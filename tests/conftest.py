@@ -26,6 +26,7 @@ from hypothesis import settings
 
 import homes
 import servers
+import sgsync
 
 settings.register_profile("sgsync", deadline=None, print_blob=True)
 settings.load_profile("sgsync")
@@ -94,6 +95,12 @@ def database(request: pytest.FixtureRequest) -> servers.Database:
 
 
 # ------------------------------------------------------------------ homes
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried again at once."""
+    monkeypatch.setattr(sgsync, "RETRY_SECONDS", 0.01)
 
 
 @pytest.fixture

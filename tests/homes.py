@@ -183,6 +183,11 @@ class Home:
     def run(self) -> Path:
         return self.runs()[-1]
 
+    def approval(self, epoch: str) -> str:
+        """The command that a held run names."""
+        words = [sys.executable, str(SCRIPT), "sync", "--approve", epoch, "--home", str(self.path)]
+        return subprocess.list2cmdline(words)
+
     @property
     def log(self) -> str:
         return (self.run / "sgi_log.txt").read_text(encoding="utf-8")
@@ -190,6 +195,28 @@ class Home:
     @property
     def summary(self) -> dict[str, Any]:
         return json.loads((self.run / "summary.json").read_text(encoding="utf-8"))
+
+    def failed(self, code: int, *argv: str) -> str:
+        """A run that must end with this exit code; returns its message.
+
+        Whatever the reason: log and summary tell it, no COMPLETE stands anywhere, and no file is
+        left half-written.
+        """
+        assert self.main(*argv) == code, self.log
+        message = str(self.summary["message"])
+        assert self.summary["exit_code"] == code
+        assert " ERROR   " + message.replace("\n", "\n    ") in self.log
+        assert not [*self.path.rglob("COMPLETE"), *(self.sftp_root / "upload").rglob("COMPLETE")]
+        assert not list(self.path.rglob("*.part"))
+        return message
+
+    def refused(self, code: int, *argv: str) -> str:
+        """The same for a run that must write nothing: the database is as it was, nothing pushed."""
+        before = self.sis_rows()
+        message = self.failed(code, *argv)
+        assert self.sis_rows() == before
+        assert not list((self.sftp_root / "upload").iterdir())
+        return message
 
     def pushed(self) -> dict[str, bytes]:
         """What the newest run left on the server: relative path -> content."""

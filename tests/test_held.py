@@ -1,0 +1,174 @@
+"""Hold and approve, the proof of convergence, differences in form alone."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+import homes
+import servers
+
+
+def rows(*numbers: int, status: str = "LOCKED") -> list[homes.Row]:
+    return [(f"{n}", "2026-01-05", status, "Lee") for n in numbers]
+
+
+def held(home: homes.Home) -> str:
+    assert home.main() == 6
+    assert not (home.run / "COMPLETE").exists()
+    assert not (home.sftp_root / "upload" / home.run.name).exists()
+    assert home.summary["outcome"] == "held"
+    return (home.run / "HELD").read_text(encoding="utf-8")
+
+
+def test_sync_over_a_limit_is_held_and_approve_does_what_it_showed(sqlite_home: homes.Home) -> None:
+    home = sqlite_home
+    home.configure(diff='maxDeletes="2"')
+    home.extract(rows(1001, 1002))
+    home.sis(rows(1001, 1002, 1003, 1004, 1005))
+    before = home.sis_rows()
+    message = held(home)
+    assert home.sis_rows() == before
+    epoch = home.run.name
+    assert message == (
+        "held, nothing was written: iep.csv: 3 deletes of 5 rows, maxDeletes is 2; they begin with "
+        "studentNumber=1003, startDate=2026-01-05; studentNumber=1004, startDate=2026-01-05; "
+        "studentNumber=1005, startDate=2026-01-05. In all: iep.csv: 0 to insert, 0 to update, "
+        "3 to delete\n"
+        "Try: look at diff/ in this run's folder; if the changes are right, approve just these: "
+        f"{home.approval(epoch)}\n"
+    )
+    assert home.main("sync", "--approve", epoch) == 0
+    assert home.sis_rows() == rows(1001, 1002)
+
+
+def test_sync_approve_holds_what_the_held_run_did_not_show(sqlite_home: homes.Home) -> None:
+    home = sqlite_home
+    home.configure(diff='maxDeletes="1"')
+    home.extract(rows(1001, 1002, 1003, 1004))
+    home.sis(rows(1001, 1002, 1003, 1004, 1005, 1006))
+    held(home)
+    epoch = home.run.name
+    home.extract(rows(1001))
+    assert home.main("sync", "--approve", epoch) == 6
+    assert len(home.sis_rows()) == 6
+    assert "5 deletes (3 of them not approved) of 6 rows, maxDeletes is 1" in home.log
+    home.extract(rows(1001, 1002, 1003))  # within the limit, beside what was approved
+    assert home.main("sync", "--approve", epoch) == 0
+    assert home.sis_rows() == rows(1001, 1002, 1003)
+
+
+def test_sync_approve_takes_only_a_held_run(sqlite_home: homes.Home) -> None:
+    sqlite_home.extract(rows(1001))
+    assert sqlite_home.main() == 0
+    epoch = sqlite_home.run.name
+    for name in (epoch, "20200101-000000", "../x"):
+        assert sqlite_home.main("sync", "--approve", name) == 2
+        assert f"--approve {name}: there is no held run of that name" in sqlite_home.log
+
+
+@pytest.mark.parametrize("content", ["", homes.HEADER + "\r\n"])
+def test_sync_an_empty_source_is_held_whatever_the_limits(
+    sqlite_home: homes.Home, content: str
+) -> None:
+    home = sqlite_home
+    home.extract(files={"iep.csv": content})
+    home.sis(rows(1001, 1002))
+    message = held(home)
+    assert "2 deletes of 2 rows, SameGoal's file is empty, so the limit is 0" in message
+    assert len(home.sis_rows()) == 2
+    assert home.main("sync", "--approve", home.run.name) == 0
+    assert home.sis_rows() == []
+
+
+def test_sync_a_stale_extract_is_held_and_can_be_approved(sqlite_home: homes.Home) -> None:
+    home = sqlite_home
+    folder = home.extract(rows(1001))
+    old = time.time() - 40 * 3600
+    for path in folder.iterdir():
+        os.utime(path, (old, old))
+    message = held(home)
+    assert "20260101-139029, is 40 hours old, maxAgeHours is 36" in message
+    assert "iep.csv: 1 to insert, 0 to update, 0 to delete" in message
+    assert home.main("sync", "--approve", home.run.name) == 0
+    assert home.sis_rows() == rows(1001)
+
+
+def test_sync_dry_run_tells_what_would_be_held(sqlite_home: homes.Home) -> None:
+    home = sqlite_home
+    home.configure(diff='maxDeletes="0"')
+    home.extract(rows(1001))
+    home.sis(rows(1001, 1002))
+    assert home.main("sync", "--dry-run") == 0
+    assert "it would be held: iep.csv: 1 delete of 2 rows" in home.summary["message"]
+
+
+def test_sync_verify_finds_a_procedure_without_effect(postgres_home: homes.Home) -> None:
+    home = postgres_home
+    home.configure(database='verify="true"')
+    home.extract(rows(1001, 1002))
+    home.database.execute(
+        "CREATE OR REPLACE PROCEDURE sg_iep_upsert(n text, d text, s text, m text) "
+        "LANGUAGE sql AS $$ INSERT INTO iep SELECT n, d, s, m WHERE n <> '1002' $$"
+    )
+    for times in (1, 2, 3):
+        assert home.main() == 8
+        assert (home.run / "COMPLETE").exists()
+        assert (home.run / "notconverged.csv").read_text(encoding="utf-8").splitlines() == [
+            "file,operation,key,procedure,runs",
+            f'iep.csv,insert,"studentNumber=1002, startDate=2026-01-05",sg_iep_upsert,{times}',
+        ]
+        named = "3 runs in a row: the procedure has no effect" in home.log
+        assert named == (times == 3)
+    assert home.summary["message"].startswith("1 row did not converge, see notconverged.csv")
+
+
+def test_sync_verify_is_silent_when_all_converged(home: homes.Home) -> None:
+    home.configure(database='verify="true"')
+    home.extract(rows(1001, 1002))
+    home.sis(rows(1001, 1003, status="OPEN"))
+    assert home.main() == 0
+    assert not (home.run / "notconverged.csv").exists()
+    assert (home.run / "verify/diff/iep.csv").read_text(encoding="utf-8").count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "sis", "what", "settles"),
+    [
+        ("Lee", "Lee ", "blanks at the end", 'trim="true"'),
+        ("Lee", "LEE", "letter case", 'ignoreCase="true"'),
+        ("1.5", "1.50", "the form of a number", 'ignoreNumberForm="true"'),
+        ("01/31/2026", "2026-01-31", "the form of a date", 'dateFormat="%m/%d/%Y"'),
+        ("NULL", "", "a word for an empty field", 'nullText="NULL"'),
+    ],
+)
+def test_diff_names_differences_in_form(
+    sqlite_home: homes.Home, source: str, sis: str, what: str, settles: str
+) -> None:
+    home = sqlite_home
+    home.extract([(f"{n}", "2026-01-05", "LOCKED", source) for n in (1001, 1002, 1003)])
+    home.sis([(f"{n}", "2026-01-05", "LOCKED", sis) for n in (1001, 1002, 1003)])
+    assert home.main() == 0
+    assert (
+        f"iep.csv: 3 of 3 updates differ only in form: column manager, {what}, as in "
+        "studentNumber=1001, startDate=2026-01-05: "
+    ) in home.log
+    assert f"{settles} on this <SQLDiff> would settle it" in home.log
+    assert source not in home.log.replace(settles, "") or source.isupper()
+
+
+@pytest.mark.parametrize(
+    ("attribute", "source", "sis"),
+    [('ignoreCase="true"', "Lee", "LEE"), ('ignoreNumberForm="true"', "1.5", "01.50")],
+)
+def test_diff_ignores_forms_that_it_is_told_to(
+    sqlite_home: homes.Home, attribute: str, source: str, sis: str
+) -> None:
+    home = sqlite_home
+    home.configure(diff=attribute)
+    home.extract([("1001", "2026-01-05", "LOCKED", source), ("1002", "2026-01-05", "A", "B")])
+    home.sis([("1001", "2026-01-05", "LOCKED", sis), ("1002", "2026-01-05", "OPEN", "B")])
+    assert home.main() == 0
+    assert home.summary["files"][0]["update"] == 1
