@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -339,9 +340,10 @@ def _month_day(value: str) -> tuple[int, int]:
 
 
 def _date_format(value: str) -> str:
-    if not re.search(r"%[dj]", value):
-        raise ValueError("is not a date form such as %m/%d/%Y")
-    return value
+    with contextlib.suppress(ValueError):  # Windows refuses what it does not know
+        if re.search(r"%[dj]", value) and datetime.date(2001, 2, 3).strftime(value):
+            return value
+    raise ValueError("is not a date form such as %m/%d/%Y")
 
 
 def _procedure(value: str) -> str:
@@ -395,7 +397,11 @@ class SftpSettings:
     require_complete: bool = attribute(_boolean, "true")
     max_age_hours: int = attribute(_integer(0, 100_000), "36")
     timeout_seconds: int = attribute(_integer(1, 3600), "60")
-    password: str = dataclasses.field(default="", repr=False)  # SchooLinks' way to log in
+    # What SchooLinks' server has instead of the element: a password, other places to correct it.
+    password: str = dataclasses.field(default="", repr=False)
+    element: str = "<SFTP>"
+    host_from: str = "<SFTP>"
+    operator: str = "SameGoal"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -781,7 +787,8 @@ class _ConfigReader:
             default = field.metadata["default"]
             raw = element.get(name, default)
             if raw is REQUIRED:
-                self._fail(element, "", f"lacks the attribute {name}", f'add {name}="..."')
+                if self.used:
+                    self._fail(element, "", f"lacks the attribute {name}", f'add {name}="..."')
             elif raw is None:
                 values[field.name] = None
             else:
@@ -1057,6 +1064,7 @@ class Sftp:
 
         import paramiko
 
+        logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # What it logs it raises, too.
         private_key = None if self.settings.password else self._private_key()
         host_keys = self._host_keys()
         self._watchdog = Watchdog(self.settings.timeout_seconds, self._hang_up)
@@ -1071,7 +1079,7 @@ class Sftp:
             transport.banner_timeout = transport.handshake_timeout = CONNECT_SECONDS
             transport.auth_timeout = transport.channel_timeout = CONNECT_SECONDS
             self._prefer_known_keys(transport, host_keys)
-            transport.start_client(timeout=CONNECT_SECONDS)
+            transport.start_client(timeout=2 * CONNECT_SECONDS)  # greeting and key exchange
             self._check_host_key(transport.get_remote_server_key(), host_keys)
             transport.set_keepalive(15)
             if private_key:
@@ -1119,7 +1127,8 @@ class Sftp:
                 if len(entries) > LISTING_ENTRIES:
                     raise TransferError(
                         f"{self.where}: {directory}: has more than {LISTING_ENTRIES:,} entries",
-                        "clear out that directory, or correct the directory in <SFTP>",
+                        "clear out that directory, or correct the directory in "
+                        f"{self.settings.element}",
                     )
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -1170,14 +1179,10 @@ class Sftp:
             try:
                 self._session().mkdir(path)
             except OSError:
-                try:
+                with contextlib.suppress(FileNotFoundError):
                     self._session().stat(path)
-                except FileNotFoundError:
-                    there = False
-                else:
-                    there = True
-                if not there:
-                    raise
+                    return
+                raise
 
     def exists(self, path: str) -> bool:
         with self._operation(f"{self.where}: {path}: cannot be looked up"):
@@ -1207,25 +1212,33 @@ class Sftp:
         return sent
 
     def write_whole(self, path: str, file: BinaryIO) -> int:
-        """Upload under a temporary name and rename, where the server allows that."""
-        size = self.write(path + PART, file)
-        with self._operation(f"{self.where}: {path}: cannot be renamed to"):
-            session = self._session()
-            try:
-                session.posix_rename(path + PART, path)
+        """Upload under a temporary name and rename; directly where the server refuses either."""
+        try:
+            size = self.write(path + PART, file)
+        except TransferError as error:
+            if error.transient:
+                raise
+        else:
+            if self._renamed(path + PART, path):
                 return size
-            except OSError:  # an old server without that extension, or without the right
-                pass
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    session.remove(path)
-                session.rename(path + PART, path)
-                return size
-            except OSError:
-                with contextlib.suppress(OSError):
-                    session.remove(path + PART)
         file.seek(0)
         return self.write(path, file)
+
+    def _renamed(self, path: str, to: str) -> bool:
+        """Rename over what is there; where the server refuses, `path` is deleted."""
+        with self._operation(f"{self.where}: {to}: cannot be renamed to"):
+            session = self._session()
+            with contextlib.suppress(OSError):  # an old server has no such extension
+                session.posix_rename(path, to)
+                return True
+            with contextlib.suppress(OSError):
+                with contextlib.suppress(FileNotFoundError):
+                    session.remove(to)
+                session.rename(path, to)
+                return True
+            with contextlib.suppress(OSError):
+                session.remove(path)
+        return False
 
     def mark(self, path: str) -> None:
         """Make an empty file.  It is not looked at again: the server may take it at once."""
@@ -1262,25 +1275,36 @@ class Sftp:
         import paramiko
 
         reason = one_line(error) or type(error).__name__
-        if isinstance(error, TimeoutError) or (self._watchdog and self._watchdog.expired):
-            reason = f"no answer for {self.settings.timeout_seconds} s"
-        if isinstance(error, paramiko.AuthenticationException):
+        if isinstance(error, EOFError):
+            reason = "the server closed the connection"
+        if reason.startswith("Error reading SSH protocol banner"):
+            reason = "no SSH server answers there"
+        cut_off = re.search("(?i)shut down|timeout", reason)  # so paramiko calls it, too
+        expired = self._watchdog and self._watchdog.expired
+        if isinstance(error, TimeoutError) or expired or reason == "No existing session":
+            seconds = float(self.settings.timeout_seconds)
+            if not (expired or self._client):
+                seconds = min(seconds, CONNECT_SECONDS)
+            reason = f"no answer for {seconds:g} s"
+        if isinstance(error, paramiko.AuthenticationException) and not cut_off:
             remedy = f"see that the public half of {self.settings.private_key} is stored for "
             remedy += "this user at the server (SameGoal takes up to 60 minutes for a new key)"
             if self.settings.password:
-                remedy = "see that the user name and the password are right and may log in"
+                remedy = "see that SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD are right"
             return TransferError(
                 f"{self.where}: log-in as {self.settings.username} refused: {reason}", remedy
             )
         if isinstance(error, socket.gaierror):
-            remedy = "see whether the host in <SFTP> is right and the name server answers"
+            remedy = f"see whether the host in {self.settings.host_from} is right and the name "
+            remedy += "server answers"
             return TransferError(f"{subject}: {reason}", remedy, transient=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):
             words = "it does not exist" if error.errno == errno.ENOENT else "permission denied"
-            remedy = "correct the directory in <SFTP>, or ask for access to it"
+            remedy = f"correct the directory in {self.settings.element}, or ask for access to it"
             return TransferError(f"{subject}: {words}", remedy)
         if isinstance(error, paramiko.SFTPError) and "No such file" in reason:
-            return TransferError(f"{subject}: it does not exist", "correct the directory in <SFTP>")
+            remedy = f"correct the directory in {self.settings.element}"
+            return TransferError(f"{subject}: it does not exist", remedy)
         remedy = "see whether the server is up and a firewall lets this machine reach it"
         return TransferError(f"{subject}: {reason}", remedy, transient=True)
 
@@ -1294,28 +1318,40 @@ class Sftp:
             raise ConfigError(
                 f"{path}: the private key cannot be read: {error.strerror}",
                 "make a key pair: ssh-keygen -t rsa -b 4096 -f ssh/id_rsa, and store the public "
-                "half at SameGoal",
+                f"half at {self.settings.operator}",
             ) from None
         if head.startswith(b"PuTTY-User-Key-File"):
             raise ConfigError(
                 f"{path}: is a key in PuTTY's form",
                 "open it in PuTTYgen and save it by Conversions > Export OpenSSH key",
             )
-        reason = ""
-        for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
-            try:
-                return kind.from_private_key_file(str(path), self.settings.passphrase or None)
-            except paramiko.PasswordRequiredException:
-                raise ConfigError(
-                    f"{path}: the private key is protected by a passphrase",
-                    'add passphrase="${env:NAME}" to <SFTP> and set that variable',
-                ) from None
-            except (paramiko.SSHException, ValueError, TypeError, IndexError) as error:
-                reason = reason or one_line(error)
+        if head.startswith((b"ssh-", b"ecdsa-")):
+            raise ConfigError(
+                f"{path}: is the public half of a key",
+                "name the private half, the file without .pub",
+            )
+        encrypted = False
+        for passphrase in (None, self.settings.passphrase or None):
+            for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
+                try:
+                    return kind.from_private_key_file(str(path), passphrase)
+                except paramiko.PasswordRequiredException:
+                    encrypted = True
+                except Exception as error:  # of many kinds, by the library below paramiko
+                    log.debug("%s: %s", path, one_line(error))
+        if encrypted and self.settings.passphrase:
+            raise ConfigError(
+                f"{path}: cannot be opened: the passphrase is wrong",
+                f"correct passphrase= in {self.settings.element}",
+            )
+        if encrypted:
+            raise ConfigError(
+                f"{path}: the private key is protected by a passphrase",
+                f'add passphrase="${{env:NAME}}" to {self.settings.element} and set that variable',
+            )
         raise ConfigError(
-            f"{path}: is no usable private key, or the passphrase is wrong: {reason}",
-            "use an OpenSSH key of the type RSA, ECDSA or Ed25519, and see that passphrase= in "
-            "<SFTP> belongs to it",
+            f"{path}: is no private key in OpenSSH's form",
+            "use an OpenSSH key of the type RSA, ECDSA or Ed25519",
         )
 
     def _host_name(self) -> str:
@@ -1323,41 +1359,48 @@ class Sftp:
         host, port = self.settings.host, self.settings.port
         return host if port == 22 else f"[{host}]:{port}"
 
-    def _host_keys(self) -> dict[str, paramiko.PKey]:
-        """The pinned keys of this server by type.  An empty answer is an error."""
+    def _host_keys(self) -> list[paramiko.PKey]:
+        """The pinned keys of this server, at least one."""
         import paramiko
+        from paramiko.hostkeys import HostKeyEntry
 
         path = self.home / self.settings.known_hosts
         scan = f"ssh-keyscan -p {self.settings.port} {self.settings.host}"
         remedy = f"pin the server's key: {scan} >> {path}, after comparing its fingerprint"
-        keys = paramiko.HostKeys()
         try:
-            keys.load(str(path))
-        except (OSError, UnicodeDecodeError, paramiko.SSHException) as error:
-            reason = getattr(error, "strerror", None) or one_line(error)
-            raise ConfigError(f"{path}: cannot be read: {reason}", remedy) from None
-        found = keys.lookup(self._host_name())
-        if not found:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}", remedy) from None
+        # PowerShell's > writes UTF-16.
+        utf_16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        keys = []
+        for line in raw.decode("utf-16" if utf_16 else "utf-8-sig", "replace").splitlines():
+            known = paramiko.HostKeys()  # for one line: for all, it would hide a second key
+            with contextlib.suppress(Exception):  # comments and lines of no use
+                if entry := HostKeyEntry.from_line(" ".join(line.split())):
+                    for name in entry.hostnames:
+                        known.add(name, entry.key.get_name(), entry.key)
+                    if known.lookup(self._host_name()):
+                        keys.append(entry.key)
+        if not keys:
             raise TransferError(f"{path}: holds no host key of {self._host_name()}", remedy)
-        return dict(found)
+        return keys
 
     @staticmethod
-    def _prefer_known_keys(
-        transport: paramiko.Transport, host_keys: dict[str, paramiko.PKey]
-    ) -> None:
+    def _prefer_known_keys(transport: paramiko.Transport, host_keys: list[paramiko.PKey]) -> None:
         """Ask for a host key of a type that is pinned; a server may have several."""
         options = transport.get_security_options()
+        kinds = {key.get_name() for key in host_keys}
 
         def pinned(name: str) -> bool:
-            return name in host_keys or (name.startswith("rsa-sha2-") and "ssh-rsa" in host_keys)
+            return name in kinds or (name.startswith("rsa-sha2-") and "ssh-rsa" in kinds)
 
         options.key_types = sorted(options.key_types, key=lambda name: not pinned(name))
 
-    def _check_host_key(self, key: paramiko.PKey, host_keys: dict[str, paramiko.PKey]) -> None:
-        pinned = host_keys.get(key.get_name())
-        if pinned is not None and pinned.asbytes() == key.asbytes():
+    def _check_host_key(self, key: paramiko.PKey, host_keys: list[paramiko.PKey]) -> None:
+        if any(pinned.asbytes() == key.asbytes() for pinned in host_keys):
             return
-        known = ", ".join(f"{name} {fingerprint(k)}" for name, k in host_keys.items())
+        known = ", ".join(f"{pinned.get_name()} {fingerprint(pinned)}" for pinned in host_keys)
         raise TransferError(
             f"{self.where}: the host key is {key.get_name()} {fingerprint(key)}, "
             f"but {self.settings.known_hosts} has {known}; nothing was sent",
@@ -1470,7 +1513,11 @@ class Database:
             return connection, connection.cursor(), str(name)
 
         self._worker = _Worker()
-        connected = self._run("the database", connect, CONNECT_SECONDS + 10)
+        try:
+            connected = self._run("the database", connect, CONNECT_SECONDS + 10)
+        except BaseException:
+            self._drop_connection()
+            raise
         self._connection, self._cursor, self.name = connected
         log.info("database: connected to %s", one_line(self.name))
 
@@ -1533,14 +1580,31 @@ class Database:
 
     def execute(self, subject: str, sql: str, parameters: Sequence[str | None] = ()) -> None:
         """Run one statement to its end; every result set is read."""
+        self.execute_all(subject, [(sql, parameters)])
+
+    def execute_all(
+        self, subject: str, statements: Sequence[tuple[str, Sequence[str | None]]]
+    ) -> None:
+        """Run statements with their parameters one after another, each to its end."""
         cursor = self._open_cursor()
 
         def execute() -> None:
-            cursor.execute(sql, list(parameters))
-            while cursor.nextset():
-                pass
+            for sql, parameters in statements:
+                cursor.execute(sql, list(parameters))
+                while cursor.nextset():
+                    pass
 
         self._run(subject, execute)
+
+    def revive(self) -> None:
+        """Connect again where the connection was lost while it lay idle."""
+        try:
+            self.execute("the database", "SELECT 1")
+            self.rollback()
+        except DatabaseError as error:
+            log.info("%s; connecting again", error.message)
+            self.close()
+        self.connect()
 
     def commit(self) -> None:
         connection = self._open_connection()
@@ -1749,6 +1813,7 @@ _LOOSE_QUOTE = re.compile(rb'[^,\r\n"]"|"[^,\r\n"]')
 _LONE_RETURN = re.compile(rb"\r(?!\n)")
 _BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
 _BREAK = b"\xff"
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1822,7 +1887,7 @@ class CsvFile:
         first = next(self._records, b"")
         if first.startswith((b"\xff\xfe", b"\xfe\xff")):
             self.fail(1, "is UTF-16", "save or export it as UTF-8")
-        first = first.removeprefix(b"\xef\xbb\xbf")
+        first = first.removeprefix(_BOM)
         if not first:
             return b""
         end = _record_end(first)
@@ -1846,12 +1911,12 @@ class CsvFile:
             with local_errors(self.path):
                 read = self._file.read(BLOCK_BYTES)
             raw = rest + read
-            end = _last_record_end(raw)
+            end = _last_record_end(raw, len(rest))
             if not read:
                 break
             if end == 0 and len(raw) > RECORD_BYTES:
-                self.fail(
-                    self._line,
+                self._fail_endless(
+                    raw,
                     f"a record is longer than {RECORD_BYTES >> 20} MB",
                     "look for a quote that is never closed, or a file that is no CSV",
                 )
@@ -1859,8 +1924,8 @@ class CsvFile:
                 yield raw[:end]
             rest = raw[end:]
         if rest.count(b'"') % 2:
-            self.fail(
-                self._line,
+            self._fail_endless(
+                rest,
                 "a quoted field is never closed",
                 "see whether the file was cut off; export again",
             )
@@ -1872,6 +1937,13 @@ class CsvFile:
             )
         if rest:
             yield rest + b"\n"
+
+    def _fail_endless(self, raw: bytes, what: str, remedy: str) -> NoReturn:
+        """`raw` is one record without end; what stands in it may be the reason."""
+        self._check_nul(raw, self._line)
+        begin = raw[: 1 << 20].removeprefix(_BOM)
+        self._canonical_irregular(begin + b'"' * (begin.count(b'"') % 2), self._line)
+        self.fail(self._line, what, remedy)
 
     def _canonical(self, raw: bytes, line: int) -> Block:
         """One block in canonical form.
@@ -1893,13 +1965,16 @@ class CsvFile:
             self._check_width(block, width)
         return block
 
-    def _check_text(self, raw: bytes, line: int) -> None:
+    def _check_nul(self, raw: bytes, line: int) -> None:
         if b"\0" in raw:
             self.fail(
                 line + raw.count(b"\n", 0, raw.index(b"\0")),
                 "holds a NUL character: a binary or UTF-16 file",
                 "export the file again as CSV in UTF-8",
             )
+
+    def _check_text(self, raw: bytes, line: int) -> None:
+        self._check_nul(raw, line)
         if not raw.isascii():
             try:
                 raw.decode("utf-8")
@@ -1986,16 +2061,20 @@ def _record_end(raw: bytes) -> int:
             return end
 
 
-def _last_record_end(raw: bytes) -> int:
+def _last_record_end(raw: bytes, begin: int) -> int:
     """The offset behind the last whole record of `raw`, 0 where there is none.
 
-    `raw` begins outside quotes, so a line break behind an even number of quotes ends a record.
+    `raw` starts outside quotes, so a line break behind an even number of quotes ends a record;
+    none does so before `begin`.
     """
-    end = raw.rfind(b"\n") + 1
+    end = raw.rfind(b"\n", begin) + 1
     odd = raw.count(b'"', 0, end) % 2
-    while odd:  # Inside a quoted field: it has begun before the last quote.
-        before = raw.rfind(b"\n", 0, raw.rfind(b'"', 0, end)) + 1
-        odd = (odd + raw.count(b'"', before, end)) % 2
+    while odd:  # Inside a quoted field, which starts at the last quote or before.
+        quote = raw.rfind(b'"', begin, end)
+        before = raw.rfind(b"\n", begin, quote) + 1 if quote >= 0 else 0
+        if not before:
+            return 0
+        odd ^= raw.count(b'"', before, end) % 2
         end = before
     return end
 
@@ -2275,6 +2354,7 @@ def download(
 ) -> Extract:
     """Fetch the newest complete extract into `folder`.  Raises TransferError."""
     attempts = itertools.count()
+    begun = ""  # the epoch of the attempt before
 
     def track(size: int) -> None:
         if cancelled.is_set():
@@ -2282,8 +2362,14 @@ def download(
         tick(size)
 
     def attempt() -> Extract:
+        nonlocal begun
         sftp.connect()
         extract = newest_extract(sftp, settings)
+        if extract.epoch != begun:  # A newer one was finished meanwhile: mix no files of two.
+            with local_errors(folder):
+                shutil.rmtree(folder)
+                folder.mkdir()
+            begun = extract.epoch
         ahead = next(attempts) % 2 == 0  # Servers that choke on it get every other attempt.
         for entry in extract.files:
             path = f"{settings.download_directory}/{extract.epoch}/{entry.name}"
@@ -2384,6 +2470,7 @@ def write_query(
             write([_texts(row, date_format) for row in rows])
             count += len(rows)
             tick(len(rows))
+        database.drain(subject)
     return count
 
 
@@ -2881,10 +2968,15 @@ class Applier:
         call = self.call.statement.rstrip("; \n\t")
         call = call or database.call_text(str(self.call.procedure), len(self._indexes))
         size = database.calls_per_statement(len(self._indexes))
+        statements = [
+            (
+                ";\n".join([call] * len(part)),
+                [row[index] or None for row in part for index in self._indexes],
+            )
+            for part in batched(rows, size)
+        ]
         try:
-            for part in batched(rows, size):
-                values = [row[index] or None for row in part for index in self._indexes]
-                database.execute(name, ";\n".join([call] * len(part)), values)
+            database.execute_all(name, statements)
             database.commit()
         except BaseException:
             database.rollback()
@@ -2944,6 +3036,7 @@ def run_statements(
     Each is a transaction of its own, read to its last result set.
     """
     made: dict[str, int] = {}
+    retried(database.revive)
     for number, statement in enumerate(statements, 1):
         subject = f"statement {number} of <Upload> (config.xml:{statement.line})"
         sql = database.spelled(statement.sql)
@@ -2951,7 +3044,6 @@ def run_statements(
             subject = f"{subject}, {statement.file}"
             path = folder / statement.file
             made[statement.file] = write_query(database, subject, sql, path, tick, None)
-            database.drain(subject)
         else:
             database.execute(subject, sql)
         database.commit()
@@ -3068,15 +3160,14 @@ def schoolinks_credentials(
     if missing:
         raise ConfigError(
             f"not set in the environment: {', '.join(missing)}",
-            "set them for the account that runs sgsync",
+            "set them for the account that runs sgsync, and start sgsync anew",
         )
     user, password, dsn = (os.environ[name] for name in names[:3])
     address = os.environ["SCHOOLINKS_SFTP_ADDRESS"].removeprefix("sftp://").rstrip("/")
-    match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:]+))(?::(\d{1,5}))?", address)
-    if not match:
-        raise ConfigError(
-            f"SCHOOLINKS_SFTP_ADDRESS: '{one_line(address)}' is no address",
-            "write the host, or host:port",
+    match = re.fullmatch(r"(?:\[([^\]\s]+)\]|([^:/@\s]+))(?::(\d{1,5}))?", address, re.ASCII)
+    if not match or not 0 < int(match[3] or 22) < 65536:
+        raise ConfigError(  # without the value: it may hold a password
+            "SCHOOLINKS_SFTP_ADDRESS is no address", "write the host, or host:port, alone"
         )
     beside = home / "known_hosts"
     server = _defaults(
@@ -3089,102 +3180,149 @@ def schoolinks_credentials(
         passphrase=settings.passphrase,
         known_hosts="known_hosts" if beside.is_file() else "ssh/known_hosts",
         timeout_seconds=settings.timeout_seconds,
+        element="<SchooLinks>",
+        host_from="SCHOOLINKS_SFTP_ADDRESS",
+        operator="SchooLinks",
     )
     return OracleLogin(user, password, dsn), server
 
 
 class Oracle:
-    """PowerSchool's database through python-oracledb.  Raises DatabaseError with plain advice."""
+    """PowerSchool's database through python-oracledb.  Raises DatabaseError with plain advice.
+
+    Every call runs in a thread of its own and is given up after its time: the driver bounds
+    neither the log-in nor a connection that has gone silent.
+    """
 
     def __init__(self, settings: SchooLinksSettings, login: OracleLogin) -> None:
         self.settings, self.login = settings, login
         self._connection: oracledb.Connection | None = None
+        self._worker: _Worker | None = None
 
     def __enter__(self) -> Oracle:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._connection:
-            with contextlib.suppress(Exception):
-                self._connection.close()
-        self._connection = None
+        if self._worker:
+            if connection := self._connection:
+                self._worker.submit(connection.close).done.wait(5)
+            self._worker.end()
+        self._connection = self._worker = None
 
     def connect(self) -> None:
         """Connect, by way of Oracle's own client where `thickMode` or `clientDirectory` asks."""
         import oracledb
 
-        with self._converted("PowerSchool: cannot connect"):
+        def connect() -> oracledb.Connection:
             if self.settings.thick_mode or self.settings.client_directory:
                 oracledb.init_oracle_client(lib_dir=self.settings.client_directory)
-            self._connection = oracledb.connect(
+            oracledb.defaults.fetch_lobs = False  # A CLOB would take a round trip a student.
+            connection = oracledb.connect(
                 user=self.login.user,
                 password=self.login.password,
                 dsn=self.login.dsn,
                 tcp_connect_timeout=CONNECT_SECONDS,
             )
-            self._connection.call_timeout = 1000 * self.settings.query_timeout_seconds
-            log.info("PowerSchool: connected to Oracle %s", self._connection.version)
+            connection.call_timeout = 1000 * self.settings.query_timeout_seconds
+            return connection
+
+        self._worker = _Worker()
+        subject = "PowerSchool: cannot connect"
+        self._connection = self._bounded(subject, connect, CONNECT_SECONDS + 10)
+        log.info("PowerSchool: connected to Oracle %s", self._connection.version)
 
     def query(self, subject: str, sql: str, binds: Mapping[str, object]) -> list[Sequence[Any]]:
         """All rows of a query; the round trips are one and one for each `ORACLE_ROWS` rows."""
-        with self._converted(subject):
-            if self._connection is None:
-                raise DatabaseError(f"{subject}: the connection was closed")
-            with self._connection.cursor() as cursor:
+        connection = self._connection
+        if connection is None:
+            raise DatabaseError(f"{subject}: the connection was closed")
+
+        def fetch() -> list[Sequence[Any]]:
+            with connection.cursor() as cursor:
                 cursor.arraysize = ORACLE_ROWS
                 cursor.prefetchrows = ORACLE_ROWS + 1  # One more spares the trip that finds no row.
                 cursor.execute(sql, dict(binds))
                 return list(cursor.fetchall())
 
-    @contextlib.contextmanager
-    def _converted(self, subject: str) -> Iterator[None]:
+        log.debug("%s:\n%s", subject, sql)
+        return self._bounded(subject, fetch, self.settings.query_timeout_seconds + 10)
+
+    def _bounded(self, subject: str, work: Callable[[], T], seconds: float) -> T:
+        """What `work` returns; waits in short steps, or Windows would not notice Ctrl-C."""
         import oracledb
 
-        try:
-            yield
-        except oracledb.Error as error:
-            details = error.args[0] if error.args else error
-            code = str(getattr(details, "full_code", ""))
-            text = one_line(str(error).split("\n")[0])
-            transient = code in ("DPY-4011", "DPY-6005", "ORA-12541", "ORA-03113", "ORA-03114")
-            remedy = ORACLE_ADVICE.get(code, "")
-            raise DatabaseError(f"{subject}: {text}", remedy, transient=transient) from error
+        worker = cast("_Worker", self._worker)
+        pending, end = worker.submit(work), time.monotonic() + seconds
+        while not pending.done.wait(0.2):
+            if time.monotonic() > end:
+                self._connection = self._worker = None  # Left to its thread.
+                raise DatabaseError(
+                    f"{subject}: no answer for {seconds:.0f} s", ORACLE_ADVICE["ORA-12541"]
+                )
+        if isinstance(pending.error, (oracledb.Error, OSError)):
+            raise oracle_error(subject, pending.error) from pending.error
+        if pending.error is not None:
+            raise pending.error
+        return cast("T", pending.value)
 
 
 _THICK = 'install Oracle Instant Client and set thickMode="true" on <SchooLinks>'
+_DSN = "write POWERSCHOOL_PROD_DB as host:port/service"
 ORACLE_ADVICE = {
     "DPY-3010": f"this server is older than Oracle 12.1, which thin mode cannot speak to: {_THICK}",
     "DPY-3015": "this account's password is stored in the old 10G form: ask the database "
     f"administrator to set the password anew, or {_THICK}",
     "DPY-4011": "the server ended the connection; that is often its demand for native network "
     f"encryption, which thin mode lacks: {_THICK}",
-    "DPY-6005": "see whether host and port in POWERSCHOOL_PROD_DB are right and a firewall lets "
-    "this machine reach them",
-    "DPY-6001": "the server does not know the service in POWERSCHOOL_PROD_DB, host:port/service",
-    "DPY-4000": "write POWERSCHOOL_PROD_DB as host:port/service",
-    "DPY-4024": "the database was too slow: raise queryTimeoutSeconds on <SchooLinks>",
+    "DPY-4000": _DSN,  # not in tnsnames.ora
+    "DPY-4026": _DSN,  # no tnsnames.ora
+    "DPY-4027": _DSN,  # nor a folder for it
+    "DPY-4024": "run it when the database is idle, or raise queryTimeoutSeconds on <SchooLinks>",
     "DPI-1047": "install Oracle Instant Client of the same kind (64 bit) as Python, and name its "
     "folder in clientDirectory= on <SchooLinks>",
     "ORA-01017": "see that POWERSCHOOL_READ_USER and POWERSCHOOL_DB_PASSWORD are right (capitals "
     "count in the password)",
     "ORA-28000": "ask the database administrator to unlock the account POWERSCHOOL_READ_USER",
-    "ORA-12541": "nothing listens there: see whether host and port in POWERSCHOOL_PROD_DB are "
-    "right and the database is up",
+    "ORA-28001": "the account's password has expired: ask the database administrator to set it "
+    "anew, and change POWERSCHOOL_DB_PASSWORD",
+    "ORA-12541": "nothing answers there: see whether host and port in POWERSCHOOL_PROD_DB are "
+    "right, the database is up, and a firewall lets this machine reach it",
     "ORA-12514": "the listener does not know this service: correct the part behind the / in "
     "POWERSCHOOL_PROD_DB, or wait until the database is open",
     "ORA-00942": "grant SELECT on the table to POWERSCHOOL_READ_USER, or correct its name in "
     "<SchooLinks>",
-    "ORA-00904": "correct the name of the column in <SchooLinks>",
-}  # fmt: skip
+    "ORA-00904": "correct the name of the column in <SchooLinks>, or of a table that extends no "
+    "students: it must have the column studentsdcid",
+}
+ORACLE_ADVICE["DPY-6005"] = ORACLE_ADVICE["ORA-12541"]  # as thin mode calls it
+_PASSING = {"DPY-4011", "DPY-6005", "ORA-12541", "ORA-03113", "ORA-03114", "ORA-01033"}
+
+
+def oracle_error(subject: str, error: Exception) -> DatabaseError:
+    """A driver's error in one line, with advice for the last code in it that has some."""
+    if isinstance(error, OSError):  # a host whose name nobody knows
+        remedy = "see whether the host in POWERSCHOOL_PROD_DB is right and the name server answers"
+        return DatabaseError(f"{subject}: {one_line(error)}", remedy, transient=True)
+    lines = [line for line in str(error).split("\n") if not line.startswith("Help: ")]
+    text = re.sub(r" \(CONNECTION_ID=[^)]*\)", "", one_line("\n".join(lines)))
+    codes = re.findall(r"\b(?:DPY|DPI|ORA)-\d{4,5}\b", text)
+    code = next((code for code in reversed(codes) if code in ORACLE_ADVICE), (codes or [""])[0])
+    return DatabaseError(
+        f"{subject}: {text}", ORACLE_ADVICE.get(code, ""), transient=code in _PASSING
+    )
 
 
 @dataclasses.dataclass
 class Section:
-    """One file for SchooLinks: its rows, and the students who are not in it, by reason."""
+    """One file for SchooLinks: its rows, and the students who are not in it, by reason.
 
+    Its rows are told apart by their first `key` columns.
+    """
+
+    name: str  # what a student who is missing in it loses
     file: str
-    what: str  # what a student who is missing in it loses
     header: Row
+    key: int = 1
     rows: list[Row] = dataclasses.field(default_factory=list)
     without: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     null_days: int = 0
@@ -3197,9 +3335,11 @@ class Section:
         without = {reason: len(students) for reason, students in self.without.items()}
         return {
             "file": self.file,
+            "section": self.name,
             "rows": len(self.rows),
             "without": without,
             "null_days": self.null_days,
+            "uploaded": "",
         }
 
 
@@ -3217,7 +3357,10 @@ def student_query(settings: SchooLinksSettings) -> tuple[str, dict[str, object]]
     aliases = {"students": "s"}
     for table, _ in wanted:
         aliases.setdefault(table.lower(), f"t{len(aliases)}")
-    columns = [f"{aliases[table.lower()]}.{name} c{i}" for i, (table, name) in enumerate(wanted)]
+    columns = [
+        f"{aliases[table.lower()]}.{name} c{i}" if name else f"NULL c{i}"
+        for i, (table, name) in enumerate(wanted)
+    ]
     joins = [
         f"LEFT JOIN {table} {alias} ON {alias}.studentsdcid = s.dcid"
         for table, alias in aliases.items()
@@ -3248,10 +3391,10 @@ def attendance_query(
     both = "a.attendancevalue IS NOT NULL AND a.membershipvalue IS NOT NULL"
     # Only fixed text is put together here; the values are bound.
     sql = f"""SELECT s.student_number,
-    SUM(CASE WHEN {both} THEN a.attendancevalue END) present,
-    SUM(CASE WHEN {both} THEN a.membershipvalue END) member,
-    SUM(CASE WHEN {both} THEN 1 ELSE 0 END) counted,
-    SUM(CASE WHEN {both} THEN 0 ELSE 1 END) missing
+    SUM(CASE WHEN {both} THEN a.attendancevalue END) days_present,
+    SUM(CASE WHEN {both} THEN a.membershipvalue END) days_member,
+    SUM(CASE WHEN {both} THEN 1 ELSE 0 END) days_counted,
+    SUM(CASE WHEN {both} THEN 0 ELSE 1 END) days_null
 FROM students s
 JOIN ps_adaadm_daily_ctod a ON a.studentid = s.id AND a.fteid = s.fteid
 WHERE {where}
@@ -3277,6 +3420,18 @@ def _active_students(settings: SchooLinksSettings) -> tuple[str, dict[str, objec
     return where, binds
 
 
+def query_subject(sql: str) -> str:
+    """What an error in this query begins with; Oracle itself may not name the table it misses."""
+    return "PowerSchool: the query of " + ", ".join(re.findall(r"(?:FROM|JOIN) (\S+)", sql))
+
+
+def query_powerschool(settings: SchooLinksSettings, login: OracleLogin) -> list[Section]:
+    """Connect, and build the sections of today."""
+    with Oracle(settings, login) as powerschool:
+        powerschool.connect()
+        return build_sections(powerschool, settings, datetime.date.today())
+
+
 def build_sections(
     powerschool: Oracle, settings: SchooLinksSettings, today: datetime.date
 ) -> list[Section]:
@@ -3285,20 +3440,25 @@ def build_sections(
     Two queries, however many students there are.  Raises DataError for a student who comes twice.
     """
     sql, binds = student_query(settings)
-    students = powerschool.query("PowerSchool: the query of the students", sql, binds)
-    numbers = [number_text(row[0]) for row in students]
+    found = powerschool.query(query_subject(sql), sql, binds)
+    students = [row for row in found if row[0] is not None]
+    if len(students) < len(found):
+        log.warning("PowerSchool: %s without a student_number, left out",
+                    plural(len(found) - len(students), "student"))  # fmt: skip
+    numbers = [to_text(row[0]).strip() for row in students]
     for number, following in itertools.pairwise(numbers):
         if number == following:
             raise DataError(
                 f"PowerSchool: the student {number} comes twice: a table of <GPA> or <Tag> has "
-                "more than one row for a student",
-                "name a table that extends students one to one (studentsdcid is its key)",
+                "more than one row for a student, or two students share the number",
+                "name a table that extends students one to one (studentsdcid is its key), or give "
+                "one of the students a number of their own",
             )
     log.info("PowerSchool: %s", plural(len(numbers), "student"))
     sections = []
     if settings.attendance.enabled:
         sql, binds = attendance_query(settings, today)
-        days = powerschool.query("PowerSchool: the query of the attendance", sql, binds)
+        days = powerschool.query(query_subject(sql), sql, binds)
         sections.append(attendance_section(settings.attendance, numbers, days))
     width = 2 if settings.gpa.enabled else 0
     if settings.gpa.enabled:
@@ -3314,13 +3474,14 @@ def attendance_section(
     settings: AttendanceSettings, numbers: Sequence[str], days: Iterable[Sequence[Any]]
 ) -> Section:
     """Days present over days of membership, as a fraction or a percentage; zero days stay."""
-    section = Section(settings.file, "attendance", ("student_number", "attendance_percentage"))
-    found = {number_text(row[0]): row[1:] for row in days}
+    section = Section("attendance", settings.file, ("student_number", "attendance_percentage"))
+    scale = 100 if settings.scale == "percent" else 1
+    found = {to_text(row[0]).strip(): row[1:] for row in days}
     for number in numbers:
         present, member, counted, missing = found.get(number, (None, None, 0, 0))
         section.null_days += int(missing)
         if member:
-            share = float(present) / float(member) * (100 if settings.scale == "percent" else 1)
+            share = float(present) * scale / float(member)
             section.rows.append((number, number_text(share)))
         elif missing and not counted:
             section.skip(number, "only NULL days")
@@ -3332,7 +3493,7 @@ def attendance_section(
 def gpa_section(settings: GpaSettings, gpas: Iterable[tuple[str, Any, Any]]) -> Section:
     """The two GPAs; a student with one of them keeps it, the other stays blank."""
     header = ("student_number", "numerator_unweighted", "numerator_weighted")
-    section = Section(settings.file, "GPA", header)
+    section = Section("GPA", settings.file, header)
     for number, unweighted, weighted in gpas:
         row = (number, number_text(unweighted), number_text(weighted))
         if any(row[1:]):
@@ -3345,16 +3506,16 @@ def gpa_section(settings: GpaSettings, gpas: Iterable[tuple[str, Any, Any]]) -> 
 def tags_section(
     settings: TagsSettings, students: Iterable[tuple[str, Sequence[object]]]
 ) -> Section:
-    """One row for each tag of a student."""
-    section = Section(
-        settings.file, "tags", ("student_number", "name", "detailed_name", "description")
-    )
+    """One row for each tag of a student; of tags with one name, the first that applies."""
+    header = ("student_number", "name", "detailed_name", "description")
+    section = Section("tags", settings.file, header, key=2)
     for number, values in students:
-        tags = [
-            t for t, value in zip(settings.tags, values, strict=True) if same_value(value, t.equals)
-        ]
-        section.rows += [(number, t.name, t.detailed_name, t.description) for t in tags]
-        if not tags:
+        rows: dict[str, Row] = {}
+        for tag, value in zip(settings.tags, values, strict=True):
+            if same_value(value, tag.equals):
+                rows.setdefault(tag.name, (number, tag.name, tag.detailed_name, tag.description))
+        section.rows += rows.values()
+        if not rows:
             section.skip(number, "no tag")
     return section
 
@@ -3392,16 +3553,35 @@ def write_sections(sections: Sequence[Section], folder: Path, quoting: str) -> N
                      section.file, plural(len(students), "student"), reason, shown)  # fmt: skip
 
 
-def last_upload(history: Path, file: str) -> tuple[str, Path] | None:
-    """Epoch and path of `file` as it was last uploaded for good, where history still has it."""
+LIVE = "live"  # how summary.json marks a file that was uploaded, and not for a test
+
+
+def last_upload(history: Path, section: str) -> tuple[str, Path] | None:
+    """Epoch and path of a section's file as it was last uploaded for good, if history has it."""
     for folder in sorted(history.iterdir(), reverse=True):
-        if not EPOCH.fullmatch(folder.name) or not (folder / COMPLETE).exists():
+        if not EPOCH.fullmatch(folder.name):
             continue
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
-            if summary.get("uploaded") == "live" and (folder / file).is_file():
-                return folder.name, folder / file
+            for line in summary["files"]:
+                path = folder / line["file"]
+                if (line["section"], line["uploaded"]) == (section, LIVE) and path.is_file():
+                    return folder.name, path
     return None
+
+
+def losses(section: Section, before: Path) -> tuple[int, str]:
+    """The rows of the file as it was last uploaded, and who would lose what, in words."""
+    with local_errors(before), before.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    lost = {tuple(row[: section.key]) for row in rows}
+    lost -= {row[: section.key] for row in section.rows}
+    what = [f"the tag {key[1]}" if key[1:] else f"their {section.name}" for key in lost]
+    words = [
+        f"{plural(count, 'student')} would lose {name}"
+        for name, count in collections.Counter(what).items()
+    ]
+    return len(rows), ", ".join(sorted(words)) or "nobody would lose anything"
 
 
 def check_shrink(
@@ -3413,44 +3593,41 @@ def check_shrink(
     """
     reasons = []
     for section in sections:
-        before = last_upload(history, section.file)
-        lost: set[str] = set()
-        old_rows = 0
-        if before:
-            with CsvFile(before[1], f"{before[0]}/{section.file}") as old:
-                for block in old.blocks():
-                    old_rows += block.rows
-                    lost.update(r.split(b"\0", 1)[0].decode() for r in block.data.split(b"\n")[:-1])
-            lost -= {row[0] for row in section.rows}
-        would = f"{plural(len(lost), 'student')} would lose their {section.what}"
-        if not section.rows:
-            reasons.append(f"{section.file}: has no rows; {would if lost else 'nobody is in it'}")
-        elif before and not max_shrink.allows(old_rows - len(section.rows), old_rows):
+        rows, last = len(section.rows), last_upload(history, section.name)
+        old_rows, lost = losses(section, last[1]) if last else (0, "")
+        if not rows:
+            reasons.append(f"{section.file}: has no rows" + (f": {lost}" if lost else ""))
+        elif last and not max_shrink.allows(old_rows - rows, old_rows):
             reasons.append(
-                f"{section.file}: {plural(len(section.rows), 'row')}, {old_rows:,} in the upload "
-                f"of {before[0]}, maxShrink is {max_shrink}; {would}"
+                f"{section.file}: {plural(rows, 'row')} instead of {old_rows:,} in the upload of "
+                f"{last[0]}, maxShrink is {max_shrink}: {lost}"
             )
-    for reason in reasons:
-        log.warning("%s", reason)
     if reasons and not force:
         raise HeldError(
             "held, nothing was uploaded: " + "; ".join(reasons),
             "look at the files in this run's folder and at PowerSchool; if they are right, run "
             "again with --force",
         )
+    for reason in reasons:
+        log.warning("%s; uploaded all the same: --force", reason)
 
 
-def upload_sections(sftp: Sftp, directory: str, paths: Sequence[Path], tick: Tick) -> None:
-    """Upload the files, each under a temporary name until its size is confirmed."""
+def upload_sections(
+    sftp: Sftp, directory: str, folder: Path, lines: Sequence[dict[str, Any]], state: str
+) -> None:
+    """Upload the files of the summary's `lines`, and note in them that they have arrived."""
+    waiting = list(lines)
 
     def attempt() -> None:
         sftp.connect()
-        for path in paths:
+        while waiting:
+            path = folder / waiting[0]["file"]
             with local_errors(path):
                 file = path.open("rb")
             with file:
-                tick(sftp.write_whole(f"{directory}/{path.name}", file))
-            log.info("%s: uploaded to %s", path.name, directory)
+                size = sftp.write_whole(f"{directory.rstrip('/')}/{path.name}", file)
+            log.info("%s: uploaded to %s, %s", path.name, directory, plural(size, "byte"))
+            waiting.pop(0)["uploaded"] = state
 
     retried(attempt)
 
@@ -3477,7 +3654,7 @@ class Display:
             )
 
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
@@ -3551,6 +3728,8 @@ def _new_epoch(history: Path) -> Path:
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace) -> Iterator[Run]:
     """Make the run's folder and log before anything else; however it ends, both tell of it."""
+    if not options.home.is_dir():
+        raise ConfigError(f"{options.home}: is no folder", "name the one of config.xml: --home DIR")
     history = options.home / "history"
     run = Run(history if options.command == "sync" else history / options.command, options.command)
     with local_errors(run.folder / LOG_NAME):
@@ -3558,6 +3737,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run]:
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)-7s %(message)s"))
     handler.setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.INFO)
     log.addHandler(handler)
+    options.summary = run.summary
     try:
         log.info("sgsync %s %s, run %s", __version__, options.command, run.epoch)
         yield run
@@ -3577,8 +3757,6 @@ def open_run(options: argparse.Namespace) -> Iterator[Run]:
     finally:
         log.removeHandler(handler)
         handler.close()
-        if options.json and sys.stdout is not None:
-            print(json.dumps(run.summary), flush=True)
 
 
 @contextlib.contextmanager
@@ -3675,11 +3853,10 @@ def run_schoolinks(options: argparse.Namespace) -> Run:
         settings = config.schoolinks
         login, server = schoolinks_credentials(settings, options.home)
         warn_of_readable(config.path)
-        keep_secret(config.secrets | {login.password, server.password, server.passphrase} - {""})
+        keep_secret(config.secrets | {login.password, server.password, server.passphrase})
         with Display(options.terminal) as display:
-            with display.stage("PowerSchool"), Oracle(settings, login) as powerschool:
-                retried(powerschool.connect)
-                sections = build_sections(powerschool, settings, datetime.date.today())
+            with display.stage("PowerSchool"):
+                sections = retried(functools.partial(query_powerschool, settings, login))
             write_sections(sections, run.folder, settings.quoting)
             run.summary["files"] = [section.counts() for section in sections]
             check_shrink(sections, run.history, settings.max_shrink, force=options.force)
@@ -3688,14 +3865,14 @@ def run_schoolinks(options: argparse.Namespace) -> Run:
                 run.conclude("dry run", 0, f"{message}; nothing was uploaded")
                 return run
             directory = settings.test_directory if options.test else settings.directory
-            with display.stage("upload") as tick, Sftp(server, options.home) as sftp:
-                paths = [run.folder / section.file for section in sections]
-                upload_sections(sftp, directory, paths, tick)
-            run.summary["uploaded"] = "test" if options.test else "live"
+            with display.stage("upload"), Sftp(server, options.home) as sftp:
+                state = "test" if options.test else LIVE
+                upload_sections(sftp, directory, run.folder, run.summary["files"], state)
             run.conclude("complete", 0, f"{message}; uploaded to {directory}")
             with local_errors(run.folder / COMPLETE):
                 (run.folder / COMPLETE).touch()
-        prune(run.history, config.history.keep_runs, run.folder)
+        if not options.test:  # else keepRuns="1" would delete what the next night is compared with
+            prune(run.history, config.history.keep_runs, run.folder)
     return run
 
 
@@ -3948,8 +4125,11 @@ _SECRETS: set[str] = set()
 
 
 def keep_secret(values: Iterable[str]) -> None:
-    """Let nothing that is logged or reported from now on contain these values."""
-    _SECRETS.update(values)
+    """Let nothing that is logged or reported from now on contain these values.
+
+    One or two characters stand in every text: to replace them would hide everything else.
+    """
+    _SECRETS.update(value for value in values if len(value) > 2)
 
 
 def redact(text: str) -> str:
@@ -3999,15 +4179,26 @@ def default_home() -> Path:
     return Path(sys.executable).resolve().parent if getattr(sys, "frozen", False) else SCRIPT.parent
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes no shortened options: `--for` must not mean `--force`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nTry: {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     add = common.add_argument
     add("--home", type=Path, metavar="DIR", help="folder of config.xml (default: the script's)")
     add("--config", type=Path, metavar="FILE", help="default: config.xml in the home folder")
     add("--verbose", action="store_true", help="log every step")
     add("--quiet", action="store_true", help="print warnings and errors only")
     add("--json", action="store_true", help="print the run's summary on standard output")
-    parser = argparse.ArgumentParser(
+    add("--version", action="version", version=f"sgsync {__version__}")
+    parser = Parser(
         prog="sgsync.py",
         parents=[common],
         description="Keep a student information system in step with SameGoal.",
@@ -4015,7 +4206,6 @@ def build_parser() -> argparse.ArgumentParser:
         "2 configuration or usage, 3 SFTP transfer, 4 database, 5 data, 6 held by a limit, "
         "7 another run is active, 8 finished but some rows failed, 130 interrupted.",
     )
-    parser.add_argument("--version", action="version", version=f"sgsync {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     sync = commands.add_parser("sync", parents=[common], help="the nightly integration")
     sync.add_argument("--dry-run", action="store_true", help="stop after the diff, write nothing")
@@ -4047,19 +4237,27 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line, with `sync` where no command is given."""
     words = list(argv)
-    if not {"sync", "schoolinks", "diff", "-h", "--help", "--version"} & set(words):
-        words.append("sync") if not words else words.insert(0, "sync")
-    options = build_parser().parse_args(words)
-    defaults = {"verbose": False, "quiet": False, "json": False, "command": "sync",
-                "home": default_home()}  # fmt: skip
-    for name, value in defaults.items():
-        if getattr(options, name, None) is None:
-            setattr(options, name, value)
+    if not _names_command(words):
+        words.insert(0, "sync")
+    defaults = {"home": default_home(), "config": None, "verbose": False, "quiet": False,
+                "json": False}  # fmt: skip
+    options = argparse.Namespace(**(defaults | vars(build_parser().parse_args(words))))
     options.home = options.home.absolute()
-    options.config = getattr(options, "config", None) or options.home / "config.xml"
-    stderr = sys.stderr
-    options.terminal = bool(stderr and stderr.isatty() and not (options.quiet or options.verbose))
+    options.config = options.config or options.home / "config.xml"
+    options.terminal = sys.stderr.isatty() and not (options.quiet or options.verbose)
+    options.summary = {"command": options.command, "version": __version__}
     return options
+
+
+def _names_command(words: Sequence[str]) -> bool:
+    """Whether a word stands there that is neither an option nor its value, or --help or such."""
+    remaining = iter(words)
+    for word in remaining:
+        if word in ("--home", "--config", "--approve"):
+            next(remaining, None)
+        elif word in ("-h", "--help", "--version") or not word.startswith("-"):
+            return True
+    return False
 
 
 def _check_readable(path: Path) -> None:
@@ -4089,7 +4287,7 @@ def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO
         with local_errors(path), path.open("wb") as device:
             yield device
     else:
-        with new_file(path) as file:
+        with new_file(path.resolve() if path.is_symlink() else path) as file:
             yield file
 
 
@@ -4106,9 +4304,13 @@ def run_diff(options: argparse.Namespace) -> None:
     files = (options.source, options.target)
     for path in files:
         _check_readable(path)
+    if options.json and options.output is None:
+        raise ConfigError("--json: standard output holds the changes", "name a file with --output")
     with _diff_output(options.output, files) as changes:
         counts = diff(*files, changes, spec, [str(path) for path in files])
     log.info("%s, %s: %s", plural(counts.rows, "row"), plural(counts.database_rows, "row"), counts)
+    options.summary |= {"outcome": "complete", "exit_code": 0, "message": str(counts)}
+    options.summary["files"] = [{"file": spec.file} | dataclasses.asdict(counts)]
 
 
 SYNC_COLUMNS = {  # heading -> name in the summary
@@ -4127,13 +4329,14 @@ def report(run: Run, options: argparse.Namespace, columns: Mapping[str, str]) ->
     """What the console is told at the end of a run: one table and one sentence."""
     if options.terminal:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(*columns)
         for column in table.columns[1:]:
             column.justify = "right"
         for line in run.summary["files"]:
-            table.add_row(*(_cell(line[name]) for name in columns.values()))
+            table.add_row(*(escape(_cell(line[name])) for name in columns.values()))
         Console(stderr=True).print(table)
         print(_outcome_line(run), file=sys.stderr)
     else:
@@ -4150,11 +4353,14 @@ def _cell(value: object) -> str:
 
 def _outcome_line(run: Run) -> str:
     s = run.summary
-    return f"{s['outcome']}: {s['message']} ({s['seconds']:.1f} s, history/{run.epoch})"
+    folder = f"history/{'' if s['command'] == 'sync' else s['command'] + '/'}{run.epoch}"
+    return f"{s['outcome']}: {s['message']} ({s['seconds']:.1f} s, {folder})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.  Never raises, never waits for a key."""
+    if sys.stderr is None:  # under pythonw
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # A console may be unable to show every character.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -4164,14 +4370,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(error.code or 0)
     with _console_log(options), _signals():
         try:
-            return COMMANDS[options.command](options)
+            code = _run_command(options)
+            if options.json and sys.stdout is not None:
+                print(json.dumps(options.summary), flush=True)
+            return code
         except BrokenPipeError:  # whoever read our output has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        except (Exception, KeyboardInterrupt) as error:
-            log.error("%s", describe(error))
-            log.debug("", exc_info=True)
-            return exit_code_of(error)
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    try:
+        return COMMANDS[options.command](options)
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        log.error("%s", describe(error))
+        log.debug("", exc_info=True)
+        code = exit_code_of(error)
+        failed = {"outcome": outcome_of(error), "exit_code": code, "message": describe(error)}
+        options.summary = failed | options.summary  # A run has told more of itself already.
+        return code
 
 
 def sync_command(options: argparse.Namespace) -> int:
@@ -4200,18 +4419,16 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 @contextlib.contextmanager
 def _console_log(options: argparse.Namespace) -> Iterator[None]:
-    """Log to standard error, where there is one: under pythonw there is none."""
+    """Log to standard error."""
     level = logging.DEBUG if options.verbose else logging.INFO
     log.setLevel(level)
     log.propagate = False
     logging.raiseExceptions = False  # A full disk must not end the run by way of its log.
-    handler: logging.Handler = logging.NullHandler()
-    if sys.stderr is not None:
-        handler = _ConsoleHandler()
-        plain = options.command == "diff" or options.terminal
-        handler.setFormatter(LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s"))
-        quiet = options.quiet or (options.terminal and options.command != "diff")
-        handler.setLevel(logging.WARNING if quiet else level)
+    handler = _ConsoleHandler()
+    plain = options.command == "diff" or options.terminal
+    handler.setFormatter(LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s"))
+    quiet = options.quiet or (options.terminal and options.command != "diff")
+    handler.setLevel(logging.WARNING if quiet else level)
     log.addHandler(handler)
     try:
         yield
@@ -4237,15 +4454,17 @@ def _signals() -> Iterator[None]:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    names = [name for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
+    present = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGBREAK")]
+    # nohup ignores SIGHUP: leave it so.
+    wanted = [n for n in present if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in wanted}
     mask = os.umask(0o077)  # What a run leaves is for its owner alone.
     try:
         yield
     finally:
         os.umask(mask)
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def wait_if_double_clicked() -> None:

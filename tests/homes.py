@@ -102,7 +102,7 @@ class Home:
         self.path, self.sshd, self.sftp_root, self.database = path, sshd, sftp_root, database
         (path / "ssh").mkdir(parents=True)
         self.known_hosts(sshd.known_hosts)
-        self.private_key("rsa")
+        self.private_key("ed25519")  # the quickest
         database.execute(TABLE)
         for statement in PROCEDURES[database.kind]:
             database.execute(statement)
@@ -114,15 +114,18 @@ class Home:
             "connection": database.connection_string.replace("&", "&amp;").replace('"', "&quot;"),
             "query": QUERY.format(order=ORDER[database.kind]),
             "calls": STATEMENTS if database.kind == "sqlite" else CALLS,
-            **dict.fromkeys(("sftp", "database", "limits", "history", "diff", "more", "upload"), ""),
         }
+        for name in ("sftp", "database", "limits", "history", "diff", "more", "upload"):
+            self.values[name] = ""
         self.configure()
 
     def configure(self, **values: str) -> None:
         """Write config.xml anew, with these parts of CONFIG changed for good."""
         self.values |= values
         text = CONFIG.format(**self.values)
-        (self.path / "config.xml").write_text(text, encoding="utf-8")
+        path = self.path / "config.xml"
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o600)
 
     def known_hosts(self, text: str) -> None:
         (self.path / "ssh/known_hosts").write_text(text, encoding="ascii")
