@@ -65,6 +65,8 @@ LOG_NAME = "sgi_log.txt"
 SUMMARY_NAME = "summary.json"
 FAILURES_NAME = "failures.csv"
 NOT_CONVERGED_NAME = "notconverged.csv"
+# Newer Pythons make of 0700 a Windows ACL that locks a service account out: there, see the README.
+OWNER_ONLY = 0o777 if os.name == "nt" else 0o700
 PART = ".part"  # A file under this suffix is not finished, whatever it holds.
 
 BLOCK_BYTES = 1 << 18  # Read at a time; measured: larger blocks fall out of the processor's cache.
@@ -75,6 +77,7 @@ FETCH_ROWS = 1000
 ORACLE_ROWS = 5000  # A round trip brings as many.
 LISTING_ENTRIES = 10_000  # A directory with more is a broken or hostile server.
 CONNECT_SECONDS = 30.0
+CANCEL_SECONDS = 30.0  # A database may take this long to give up a call.
 RETRY_ATTEMPTS = 4
 RETRY_SECONDS = 2.0  # The first pause; each further one is twice as long.
 
@@ -807,6 +810,7 @@ class _ConfigReader:
             return
         if "TODO(user)" in raw:
             self._fail(element, name, "still holds TODO(user)", "replace it by your own value")
+            self._expand(element, name, raw)  # for its errors
             return
         before = len(self.errors)
         text = self._expand(element, name, raw)
@@ -1315,11 +1319,12 @@ class Sftp:
         try:
             head = path.read_bytes()[:64]
         except OSError as error:
-            raise ConfigError(
-                f"{path}: the private key cannot be read: {error.strerror}",
-                "make a key pair: ssh-keygen -t rsa -b 4096 -f ssh/id_rsa, and store the public "
-                f"half at {self.settings.operator}",
-            ) from None
+            remedy = "make a key pair: ssh-keygen -t rsa -b 4096 -f ssh/id_rsa, and store the "
+            remedy += f"public half at {self.settings.operator}"
+            if isinstance(error, PermissionError):
+                remedy = "let the account that runs sgsync own and read that file"
+            reason = f"the private key cannot be read: {error.strerror}"
+            raise ConfigError(f"{path}: {reason}", remedy) from None
         if head.startswith(b"PuTTY-User-Key-File"):
             raise ConfigError(
                 f"{path}: is a key in PuTTY's form",
@@ -1540,9 +1545,7 @@ class Database:
     def cancel(self) -> None:
         """From another thread: let the call under way be given up."""
         self._cancelled.set()
-        if cursor := self._cursor:
-            with contextlib.suppress(Exception):
-                cursor.cancel()
+        self._interrupt()
 
     def query(self, subject: str, sql: str) -> tuple[Row, Iterator[list[Sequence[object]]]]:
         """Run a query; returns the names of its columns and its rows in blocks.
@@ -1612,9 +1615,10 @@ class Database:
 
     def rollback(self) -> None:
         """Undo what is open.  Where that fails, the connection is dropped: that undoes it too."""
+        if not self._connection:
+            return
         try:
-            connection = self._open_connection()
-            self._run("rollback", connection.rollback)
+            self._run("rollback", self._connection.rollback)
         except DatabaseError as error:
             log.debug("%s", error.message)
             self.close()
@@ -1659,32 +1663,57 @@ class Database:
         return self._worker.submit(work)
 
     def _result(self, subject: str, future: Pending, seconds: float = 0) -> Any:
-        """Wait, in short steps: on Windows a longer wait would not notice Ctrl-C."""
-        seconds = seconds or self.settings.query_timeout_seconds + 30
-        end = time.monotonic() + seconds
-        while not future.done.wait(0.2):
-            if self._cancelled.is_set():
-                self._abandon()
-                raise CancelledError(subject)
-            if time.monotonic() > end:
-                self._abandon()
-                raise DatabaseError(
-                    f"{subject}: no answer from the database for {seconds:.0f} s",
-                    "see whether the server and the network to it are up, or raise "
-                    "queryTimeoutSeconds on <Database>",
-                    sqlstate="HYT00",
-                )
-        if future.error is not None:
-            if isinstance(future.error, Error):
-                raise future.error
-            raise self._translated(subject, future.error) from future.error
+        """Wait, in short steps: on Windows a longer wait would not notice Ctrl-C.
+
+        After `seconds` the server is asked to cancel; where even that has no effect, the call is
+        left to its thread, and the connection with it.
+        """
+        seconds = seconds or self.settings.query_timeout_seconds
+        end, late = time.monotonic() + seconds, False
+        try:
+            while not future.done.wait(0.2):
+                if self._cancelled.is_set():
+                    raise CancelledError(subject)
+                if time.monotonic() > end and late:
+                    self._abandon()
+                    break
+                if time.monotonic() > end:
+                    late, end = True, end + CANCEL_SECONDS
+                    self._interrupt()
+        except CancelledError:
+            self._abandon()
+            raise
+        except BaseException:  # Ctrl-C: what follows is to find a connection that listens
+            self._interrupt()
+            raise
+        error = future.error
+        if not future.done.is_set() or (late and error):
+            raise DatabaseError(
+                f"{subject}: no answer from the database for {seconds:.0f} s",
+                "see whether the server and the network to it are up, or raise "
+                "queryTimeoutSeconds on <Database>",
+                sqlstate="HYT00",
+            )
+        if isinstance(error, Error):
+            raise error
+        if error is not None:
+            # Without the driver's own exception, which may quote a row.
+            raise self._translated(subject, error) from None
         return future.value
+
+    def _interrupt(self) -> None:
+        """Ask the server to give up the call under way, from a thread: this may block, too."""
+        if cursor := self._cursor:
+
+            def cancel() -> None:
+                with contextlib.suppress(Exception):
+                    cursor.cancel()
+
+            threading.Thread(target=cancel, daemon=True).start()
 
     def _abandon(self) -> None:
         """Leave a call that does not return to its thread; the connection is of no use any more."""
-        if cursor := self._cursor:
-            with contextlib.suppress(Exception):
-                cursor.cancel()
+        self._interrupt()
         self._connection = self._cursor = self._worker = None
 
     def _translated(self, subject: str, error: BaseException) -> DatabaseError:
@@ -1695,6 +1724,7 @@ class Database:
         sqlstate = str(error.args[0]) if error.args else ""
         text = driver_message(str(error.args[-1]) if error.args else "")
         lost = sqlstate in _LOST or (sqlstate == "HY000" and _LOST_TEXT.search(text) is not None)
+        lost = lost and not _REFUSED_TEXT.search(text)
         if lost:
             self._drop_connection()
         remedy = _database_remedy(sqlstate, text)
@@ -1717,6 +1747,10 @@ _LOST_TEXT = re.compile(
     r"|communication link failure|could not (?:send|receive)|no connection to the server"
     r"|terminating connection|server has gone away"
 )
+_REFUSED_TEXT = re.compile(  # PostgreSQL's driver has no SQLSTATE of its own for these.
+    r"(?i)authentication failed|login failed|no pg_hba.conf entry"
+    r"|FATAL: .*(?:does not exist|not permitted|permission denied)"
+)
 
 
 def driver_message(text: str) -> str:
@@ -1724,22 +1758,26 @@ def driver_message(text: str) -> str:
     text = re.sub(r"^\[[0-9A-Z]{5}\]\s*", "", text)
     text = re.sub(r"^(?:\[[^\]]*\]\s*)+", "", text)
     text = re.split(r";?\s*\n?\s*(?:DETAIL|CONTEXT|HINT|QUERY|STATEMENT):", text)[0]
-    text = re.sub(r";?\s*Error while executing the query.*", "", text, flags=re.S)
+    text = re.sub(r";?\s*Error while (?:executing|preparing) .*", "", text, flags=re.S)
     text = re.sub(r"\s*\(-?\d+\)\s*\((?:SQL\w+)\)\s*$", "", text)
-    return one_line(text) or "the driver gave no reason"
+    return one_line(re.sub(r"\s+", " ", text)) or "the driver gave no reason"
 
 
 def _database_remedy(sqlstate: str, text: str) -> str:
     """What a technician can do, by SQLSTATE (ISO/IEC 9075, and each product's own)."""
     import pyodbc
 
-    if sqlstate in ("28000", "28P01"):
-        return "see that the user and the password in connectionString are right and may log in"
+    if sqlstate in ("28000", "28P01") or _REFUSED_TEXT.search(text):
+        return "see that user, password and database in connectionString are right"
     if sqlstate == "IM002" or "Can't open lib" in text or "file not found" in text:
         installed = ", ".join(pyodbc.drivers()) or "none"
         return f"correct Driver= in connectionString or install that driver; here are: {installed}"
     if sqlstate in ("08001", "HYT00") or sqlstate in _LOST:
         return "see whether the database server is up and a firewall lets this machine reach it"
+    if re.search(
+        r"(?i)permission denied for (?:table|view|schema|relation)|SELECT permission", text
+    ):
+        return "grant SELECT on it to the user of sgsync"
     if sqlstate in _NO_PROCEDURE or "could not find stored procedure" in text.lower():
         return "run procedures.sql in this database, and grant EXECUTE to the user of sgsync"
     if sqlstate in ("42S02", "42S22", "42P01", "42703", "42601", "42000"):
@@ -2364,6 +2402,11 @@ def download(
     def attempt() -> Extract:
         nonlocal begun
         sftp.connect()
+        if not sftp.exists(settings.upload_directory):  # Better told now than after the writing.
+            raise TransferError(
+                f"{sftp.where}: {settings.upload_directory}: does not exist, nowhere to push to",
+                "correct uploadDirectory on <SFTP>",
+            )
         extract = newest_extract(sftp, settings)
         if extract.epoch != begun:  # A newer one was finished meanwhile: mix no files of two.
             with local_errors(folder):
@@ -2521,6 +2564,7 @@ class Counts:
     insert: int = 0
     update: int = 0
     delete: int = 0
+    forms: list[str] = dataclasses.field(default_factory=list)  # updates that differ in form alone
 
     def of(self, operation: str) -> int:
         return int(getattr(self, operation))
@@ -2542,8 +2586,8 @@ def diff(
 
     `changes` gets one line a change: `operation`, then every column before (`before_name`), then
     every column after (`after_name`).  Memory is bounded whatever the size.  Raises DataError,
-    whose message calls the files `shown`, else `ia/iep.csv` and `ic/iep.csv`.  Updates that differ
-    in form alone are logged.  With `may_be_empty` a source of 0 bytes is one without rows.
+    whose message calls the files `shown`, else `ia/iep.csv` and `ic/iep.csv`.  With
+    `may_be_empty` a source of 0 bytes is one without rows.
     """
     shown = shown or [f"{path.parent.name}/{path.name}" for path in (source, database)]
     with CsvFile(source, shown[0]) as ours, CsvFile(database, shown[1]) as theirs:
@@ -2575,7 +2619,7 @@ def diff(
                 write([operation, *row_before, *row_after])
         finally:
             text.detach()  # else it would close `changes`, which may be standard output
-        forms.report(columns)
+        counts.forms = forms.sentences(columns)
         counts.rows, counts.database_rows = sides[0].rows, sides[1].rows
     return counts
 
@@ -2616,19 +2660,15 @@ class FormDifferences:
                 self.found[index, kind] = count + 1, example
         return False
 
-    def report(self, columns: Row) -> None:
+    def sentences(self, columns: Row) -> list[str]:
+        """What to tell where most updates differ in form alone."""
         if self.formal * 2 <= self.updates:
-            return
-        for (index, kind), (count, example) in self.found.items():
-            log.warning(
-                "%s: %s of %s differ only in form: column %s, %s, %s",
-                self.spec.file,
-                f"{count:,}",
-                plural(self.updates, "update"),
-                one_line(columns[index]),
-                FORMS[kind],
-                example,
-            )
+            return []
+        return [
+            f"{self.spec.file}: {count:,} of {plural(self.updates, 'update')} differ only in form: "
+            f"column {one_line(columns[index])}, {FORMS[kind]}, {example}"
+            for (index, kind), (count, example) in self.found.items()
+        ]
 
     def _example(self, index: int, kind: str, before: Row, after: Row) -> str:
         key = show_key(self.key.names, [after[i] for i in self.key.indexes])
@@ -3711,15 +3751,20 @@ class Run:
         with new_file(self.folder / SUMMARY_NAME) as file:
             file.write(json.dumps(self.summary, indent=1).encode("ascii") + b"\n")
 
+    def told(self) -> str:
+        """The outcome in one sentence."""
+        outcome, message = self.summary["outcome"], self.summary["message"]
+        return f"{outcome}: {message} ({self.summary['seconds']:.1f} s, run {self.epoch})"
+
 
 def _new_epoch(history: Path) -> Path:
     """Make the folder of this run; a second run in the same second waits for the next one."""
     with local_errors(history):
-        history.mkdir(mode=0o700, parents=True, exist_ok=True)
+        history.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
         while True:
             folder = history / time.strftime("%Y%m%d-%H%M%S")
             try:
-                folder.mkdir(mode=0o700)
+                folder.mkdir(mode=OWNER_ONLY)
                 return folder
             except FileExistsError:
                 time.sleep(0.1)
@@ -3741,6 +3786,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run]:
     try:
         log.info("sgsync %s %s, run %s", __version__, options.command, run.epoch)
         yield run
+        log.info("%s", run.told())
     except BaseException as error:
         code, outcome = exit_code_of(error), outcome_of(error)
         record = logging.LogRecord(
@@ -3770,9 +3816,8 @@ def only_run(run: Run, name: str) -> Iterator[None]:
     holder = run.history / f"{name}.lock.json"
     lock = filelock.FileLock(run.history / f"{name}.lock", timeout=0)
     try:
-        with local_errors(run.history / f"{name}.lock"):
-            lock.acquire()
-    except filelock.Timeout:
+        lock.acquire()
+    except filelock.Timeout:  # which is an OSError, too
         who = "a process that is just starting"
         with contextlib.suppress(OSError, ValueError, KeyError):
             found = json.loads(holder.read_text(encoding="utf-8"))
@@ -3781,6 +3826,9 @@ def only_run(run: Run, name: str) -> Iterator[None]:
             f"another {name} run is active in this home: {who}; nothing was done",
             "wait for it to end; if it hangs, end that process: its lock goes with it",
         ) from None
+    except OSError as error:
+        with local_errors(run.history / f"{name}.lock"):
+            raise error from None
     try:
         about = {"pid": os.getpid(), "since": run.summary["started"], "epoch": run.epoch}
         with new_file(holder) as file:
@@ -3822,6 +3870,7 @@ def run_sync(options: argparse.Namespace) -> Run:
         config = load_config(options.config, "sync")
         keep_secret(config.secrets)
         warn_of_readable(config.path, options.home / config.sftp.private_key)
+        approved = held_run(run.history, options.approve) if options.approve else None
         with (
             Display(options.terminal) as display,
             Sftp(config.sftp, options.home) as sftp,
@@ -3829,7 +3878,7 @@ def run_sync(options: argparse.Namespace) -> Run:
         ):
             extract = fetch_both_sides(config, sftp, database, run, display)
             found = diff_files(config, run, display)
-            if not may_go_on(config, extract, found, run, options):
+            if not may_go_on(config, extract, found, run, options, approved):
                 return run
             failures = apply_changes(config, database, found, run, display)
             if config.database.verify:
@@ -3923,6 +3972,8 @@ def diff_files(config: Config, run: Run, display: Display) -> list[tuple[SqlDiff
             counts = diff(source, database, out, spec, may_be_empty=True)
         check_parameters(spec, change_columns(changes))
         log.info("%s: %s, of them %s", spec.file, plural(counts.rows, "row"), counts)
+        for sentence_ in counts.forms:
+            log.warning("%s", sentence_)
         run.summary["files"].append(
             {"file": spec.file}
             | dataclasses.asdict(counts)
@@ -3938,13 +3989,13 @@ def may_go_on(
     found: Sequence[tuple[SqlDiff, Counts]],
     run: Run,
     options: argparse.Namespace,
+    approved: HeldRun | None,
 ) -> bool:
     """Whether the changes are to be written; False ends a dry run.
 
     Raises HeldError where the limits or the age of the extract forbid it and neither `--force` nor
     `--approve` allows it.
     """
-    approved = held_run(run.history, options.approve) if options.approve else None
     held_diff = approved.folder / "diff" if approved else None
     reasons = over_limits(found, config.limits, run.folder / "diff", held_diff)
     stale = too_old(extract, config.sftp.max_age_hours)
@@ -3966,8 +4017,8 @@ def may_go_on(
     counts = ", ".join(f"{spec.file}: {counts}" for spec, counts in found)
     raise HeldError(
         f"held, nothing was written: {'; '.join(reasons)}. In all: {counts}",
-        f"look at diff/ in this run's folder; if the changes are right, approve just these: "
-        f"{approval(run.epoch, options)}",
+        f"{'ask SameGoal for a newer extract; ' if stale in reasons else ''}look at diff/ in this "
+        f"run's folder; if the changes are right, approve just these: {approval(run.epoch, options)}",
     )
 
 
@@ -4111,12 +4162,12 @@ def sentence(found: Sequence[tuple[SqlDiff, Counts]], would: str = "") -> str:
 
 
 def warn_of_readable(*paths: Path) -> None:
-    """Warn of files with secrets that others on this machine can read."""
+    """Warn of files that everyone on this machine can read."""
     for path in paths:
         with contextlib.suppress(OSError):
-            if os.name == "posix" and path.stat().st_mode & 0o077:
-                log.warning("%s can be read by others on this machine\nTry: chmod 600 %s",
-                            path, path)  # fmt: skip
+            if os.name == "posix" and path.stat().st_mode & 0o004:
+                mend = f"chmod 600 {path} (it has to belong to the account that runs sgsync)"
+                log.warning("%s can be read by everyone on this machine\nTry: %s", path, mend)
 
 
 # ---------------------------------------------------------------------- command line: main
@@ -4149,6 +4200,8 @@ class LogFormatter(logging.Formatter):
 def exit_code_of(error: BaseException) -> int:
     if isinstance(error, Error):
         return error.exit_code
+    if isinstance(error, ImportError):
+        return ConfigError.exit_code
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
@@ -4165,6 +4218,11 @@ def describe(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was written so far stays, the next run goes on from it"
+    if isinstance(error, ImportError):
+        return (
+            f"this Python, {sys.executable}, cannot load a package: {one_line(error)}\n"
+            "Try: the Python of the virtual environment, or pip install -r requirements.txt"
+        )
     return (
         f"unexpected error: {type(error).__name__}: {one_line(error)}\n"
         f"Try: send {LOG_NAME} of this run to whoever maintains sgsync"
@@ -4326,7 +4384,7 @@ SCHOOLINKS_COLUMNS = {"file": "file", "rows": "rows", "students without": "witho
 
 
 def report(run: Run, options: argparse.Namespace, columns: Mapping[str, str]) -> None:
-    """What the console is told at the end of a run: one table and one sentence."""
+    """What a terminal is told at the end of a run: one table and one sentence."""
     if options.terminal:
         from rich.console import Console
         from rich.markup import escape
@@ -4338,9 +4396,7 @@ def report(run: Run, options: argparse.Namespace, columns: Mapping[str, str]) ->
         for line in run.summary["files"]:
             table.add_row(*(escape(_cell(line[name])) for name in columns.values()))
         Console(stderr=True).print(table)
-        print(_outcome_line(run), file=sys.stderr)
-    else:
-        log.info("%s", _outcome_line(run))
+        print(run.told(), file=sys.stderr)
 
 
 def _cell(value: object) -> str:
@@ -4349,12 +4405,6 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.1f} s"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _outcome_line(run: Run) -> str:
-    s = run.summary
-    folder = f"history/{'' if s['command'] == 'sync' else s['command'] + '/'}{run.epoch}"
-    return f"{s['outcome']}: {s['message']} ({s['seconds']:.1f} s, {folder})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,726 @@
+"""The diff: applied to B it gives A, whatever the files look like; what cannot be compared is refused.
+
+The oracle is `expected_changes`: csv.reader and dicts.  The golden cases in data/diff/ run through
+the command line: `a.csv b.csv` and the words of `args`, compared with `expected.csv` (standard
+output), `expected.err` (standard error) and `code`, all to the byte.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import random
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sgsync
+from test_csv import CHARACTERS, spell
+
+SCRIPT = Path(sgsync.__file__).resolve()
+CASES = Path(__file__).parent / "data" / "diff"
+Rows = list[list[str]]
+KeyOf = Callable[[Sequence[str]], tuple[object, ...]]
+
+BLOCK_SIZES = (1, 7, 64, 300, sgsync.BLOCK_BYTES)
+SORT_SIZES = (1, 50, sgsync.SORT_BYTES)
+NUMBERS = ("0", "1", "01", "-1", "-01", "2", "10", "9", "-10", "007", "7", "-0", "100000000000000")
+block_sizes = st.sampled_from(BLOCK_SIZES)
+fields = st.text(CHARACTERS, max_size=3) | st.sampled_from(["", "a", "b", "1"])
+
+
+# ------------------------------------------------------------------ the oracle
+
+
+def key_of(columns: Sequence[str], key: str | None) -> KeyOf:
+    """A row's key as the issue defines it: texts by code point, `:int` by number."""
+    names = key.split(",") if key else list(columns)
+    parts = [
+        (columns.index(name.removesuffix(":int")), int if name.endswith(":int") else str)
+        for name in names
+    ]
+    return lambda row: tuple(kind(row[index]) for index, kind in parts)
+
+
+def expected_changes(source: bytes, database: bytes, key: str | None) -> Rows:
+    """The diff by csv.reader and dicts."""
+    sides = []
+    for data in (source, database):
+        text = io.StringIO(data.decode("utf-8-sig"), newline="")
+        header, *rows = [row or [""] for row in csv.reader(text, strict=True)]
+        sides.append({key_of(header, key)(row): row for row in rows})
+    ours, theirs = sides
+    nothing = [""] * len(header)
+    changes = [["operation", *(f"before_{n}" for n in header), *(f"after_{n}" for n in header)]]
+    for each in sorted(ours.keys() | theirs.keys()):
+        before, after = theirs.get(each, nothing), ours.get(each, nothing)
+        if each not in theirs:
+            changes.append(["insert", *before, *after])
+        elif each not in ours:
+            changes.append(["delete", *before, *after])
+        elif before != after:
+            changes.append(["update", *before, *after])
+    return changes
+
+
+def apply_changes(changes: Rows, rows: Rows) -> Rows:
+    """What the procedures would make of `rows`; every `before` must be there."""
+    width, left = len(changes[0]) // 2, [tuple(row) for row in rows]
+    for operation, *values in changes[1:]:
+        before, after = tuple(values[:width]), tuple(values[width:])
+        if operation != "insert":
+            left.remove(before)
+        if operation != "delete":
+            assert after not in left
+            left.append(after)
+    return [list(row) for row in left]
+
+
+def compare(
+    source: Path, database: Path, key: str | None = None, **options: object
+) -> tuple[Rows, sgsync.Counts]:
+    """sgsync's diff of two files."""
+    names = tuple(key.split(",")) if key else None
+    spec = sgsync._defaults(sgsync.SqlDiff, file="iep.csv", key=names, **options)
+    with io.BytesIO() as changes:
+        counts = sgsync.diff(source, database, changes, spec)
+        data = changes.getvalue()
+    rows = list(csv.reader(io.StringIO(data.decode(), newline=""), strict=True))
+    found = [row[0] for row in rows[1:]]
+    assert [found.count(o) for o in ("insert", "update", "delete")] == [
+        counts.insert,
+        counts.update,
+        counts.delete,
+    ]
+    return rows, counts
+
+
+def sizes(block: int, sort: int = sgsync.SORT_BYTES) -> mock._patch:
+    return mock.patch.multiple(sgsync, BLOCK_BYTES=block, SORT_BYTES=sort)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two files for all examples of a property: SameGoal's and the database's."""
+    folder = tmp_path_factory.mktemp("diff")
+    for side in ("ia", "ic"):
+        (folder / side).mkdir()
+    return folder / "ia" / "iep.csv", folder / "ic" / "iep.csv"
+
+
+# ------------------------------------------------------------------ properties
+
+KEYS = {  # columns -> keys worth trying
+    1: (None, "a", "a:int"),
+    2: (None, "a", "b", "b,a", "a:int", "b:int", "a,b:int"),
+    3: (None, "a", "a,b", "b", "c,a", "a,b,c", "c,b,a", "b:int,c", "a,c:int", "a:int,b:int,c:int"),
+}
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[str | None, Rows, Rows]:
+    """A key and the rows of both sides, ascending, with many equal stretches."""
+    width = draw(st.integers(1, 3))
+    key = draw(st.sampled_from(KEYS[width]))
+    numeric = [f"{name}:int" in (key or "").split(",") for name in "abc"[:width]]
+    row = st.tuples(*(st.sampled_from(NUMBERS) if number else fields for number in numeric))
+    of = key_of("abc", key or ",".join("abc"[:width]))
+    pool = draw(
+        st.lists(
+            st.tuples(row, row, st.sampled_from(("equal",) * 5 + ("ours", "theirs", "differ"))),
+            max_size=14,
+            unique_by=lambda drawn: of(drawn[0]),
+        )
+    )
+    sides: tuple[Rows, Rows] = [], []
+    keyed = {name.removesuffix(":int") for name in (key or "a,b,c").split(",")}
+    for first, second, where in sorted(pool, key=lambda drawn: of(drawn[0])):
+        other = [
+            one if name in keyed and not (number and int(one) == int(two)) else two
+            for name, number, one, two in zip("abc", numeric, first, second, strict=False)
+        ]
+        if where != "theirs":
+            sides[0].append(list(first))
+        if where != "ours":
+            sides[1].append(other if where == "differ" else list(first))
+    return key, *sides
+
+
+@settings(max_examples=600)
+@given(
+    table=tables(),
+    seeds=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    block=block_sizes,
+    shuffle=st.none() | st.tuples(st.integers(0, 10**6), st.sampled_from(SORT_SIZES)),
+)
+def test_diff_applied_to_b_gives_a(
+    files: tuple[Path, Path],
+    table: tuple[str | None, Rows, Rows],
+    seeds: tuple[int, int],
+    block: int,
+    shuffle: tuple[int, int] | None,
+) -> None:
+    key, ours, theirs = table
+    width = len((ours or theirs or [["", ""]])[0])
+    header = list("abc"[:width])
+    if key and not {name[0] for name in key.split(",")} <= set(header):
+        key = None
+    if shuffle:
+        for rows in (ours, theirs):
+            random.Random(shuffle[0]).shuffle(rows)
+    data = [
+        ("\ufeff" * (seed % 3 == 0) + spell([header, *rows], seed)).encode()
+        for seed, rows in zip(seeds, (ours, theirs), strict=True)
+    ]
+    for path, content in zip(files, data, strict=True):
+        path.write_bytes(content)
+    with sizes(block, shuffle[1] if shuffle else sgsync.SORT_BYTES):
+        changes, counts = compare(*files, key, sort=bool(shuffle))
+    assert changes == expected_changes(*data, key)
+    assert (counts.rows, counts.database_rows) == (len(ours), len(theirs))
+    assert sorted(apply_changes(changes, theirs)) == sorted(ours)
+
+
+def violation(path: Path, rows: Rows, columns: str, key: str | None) -> str | None:
+    """The message on the first two rows of a file that do not ascend."""
+    of, line = key_of(columns, key), 2
+    names = [name.removesuffix(":int") for name in (key or ",".join(columns)).split(",")]
+
+    def show(row: Sequence[str]) -> str:
+        return ", ".join(f"{n}={sgsync.one_line(row[columns.index(n)])}" for n in names)
+
+    shown = f"{path.parent.name}/{path.name}"
+    for before, row in zip(rows, rows[1:], strict=False):
+        next_line = line + 1 + sum(field.count("\n") for field in before)
+        if of(before) == of(row):
+            return (
+                f"{shown}:{next_line}: lines {line} and {next_line} have the same key {show(row)}\n"
+                "Try: add the column that tells them apart to the key, or let the source give each "
+                "key one row"
+            )
+        if not of(before) < of(row):
+            return (
+                f"{shown}:{next_line}: not sorted: line {line} has the key {show(before)}, "
+                f"line {next_line} has {show(row)}\n"
+                "Try: sort by the key, compared as code points (on SQL Server: ORDER BY ... COLLATE "
+                'Latin1_General_BIN2), or set sort="true" (for diff: --sort)'
+            )
+        line = next_line
+    return None
+
+
+@st.composite
+def disorders(draw: st.DrawFn) -> tuple[str | None, Rows, Rows]:
+    """A key and two sides of which one or both may not ascend, long equal stretches included."""
+    key = draw(st.sampled_from([None, "a", "b", "a,b", "b,a", "a:int", "b:int,a"]))
+    number = st.sampled_from(NUMBERS)
+    text = st.sampled_from(["a", "b", "ab", "a\nb", "\n", "\uffff", "\U00010000", "\x01", ""])
+    columns = [number if f"{name}:int" in (key or "") else text for name in "ab"]
+    rows = draw(st.lists(st.tuples(*columns, st.sampled_from(["", "x", "y\n"])), max_size=10))
+    ours = [list(row) for row in rows]
+    if draw(st.booleans()):
+        ours = list({key_of("abc", key)(row): row for row in ours}.values())
+        ours.sort(key=key_of("abc", key))
+    theirs = list(ours)
+    for _ in range(draw(st.integers(0, 3))):
+        index = draw(st.integers(0, max(len(theirs) - 1, 0)))
+        what = draw(st.sampled_from(["drop", "swap", "twice", "far", "new"]))
+        if what == "new" or not theirs:
+            theirs.insert(index, [draw(column) for column in columns] + [""])
+        elif what == "drop":
+            del theirs[index]
+        elif what == "swap":
+            theirs[index : index + 2] = theirs[index : index + 2][::-1]
+        elif what == "twice":
+            theirs.insert(index, theirs[index])
+        else:
+            theirs.append(theirs.pop(index))
+    return (key, ours, theirs) if draw(st.booleans()) else (key, theirs, ours)
+
+
+@settings(max_examples=600)
+@given(
+    disorder=disorders(),
+    seeds=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    block=block_sizes,
+)
+def test_diff_refuses_what_does_not_ascend_on_either_side(
+    files: tuple[Path, Path],
+    disorder: tuple[str | None, Rows, Rows],
+    seeds: tuple[int, int],
+    block: int,
+) -> None:
+    key, *sides = disorder
+    data = [
+        spell([list("abc"), *rows], seed).encode() for rows, seed in zip(sides, seeds, strict=True)
+    ]
+    for path, content in zip(files, data, strict=True):
+        path.write_bytes(content)
+    problems = {violation(path, rows, "abc", key) for path, rows in zip(files, sides, strict=True)}
+    with sizes(block):
+        if problems == {None}:
+            assert compare(*files, key)[0] == expected_changes(*data, key)
+        else:
+            with pytest.raises(sgsync.DataError) as caught:
+                compare(*files, key)
+            assert str(caught.value) in problems
+
+
+@settings(max_examples=150)
+@given(
+    rows=st.lists(st.tuples(fields, fields, st.sampled_from(NUMBERS)), min_size=1, max_size=12),
+    key=st.sampled_from([None, "a", "b", "b,a", "c:int", "c:int,a"]),
+    seed=st.integers(0, 10**6),
+    block=block_sizes,
+    run=st.sampled_from(SORT_SIZES),
+)
+def test_sorted_blocks_are_what_python_sorts(
+    files: tuple[Path, Path],
+    rows: list[tuple[str, str, str]],
+    key: str | None,
+    seed: int,
+    block: int,
+    run: int,
+) -> None:
+    path, of = files[0], key_of("abc", key)
+    text = spell([list("abc"), *rows], seed)
+    path.write_bytes(text.encode())
+    with sizes(block, run), sgsync.CsvFile(path) as file:
+        found = sgsync.Key(key.split(",") if key else None, file.columns, "ic/iep.csv")
+        blocks = sgsync.sorted_blocks(file, file.blocks(), found)
+        lines: dict[object, int] = {}
+        line, twice = 2, set()
+        for row in rows:
+            if of(row) in lines:
+                twice.add((of(row), lines[of(row)], line))
+            lines[of(row)] = line
+            line += 1 + sum(field.count("\n") for field in row)
+        if twice:
+            with pytest.raises(sgsync.DataError) as caught:
+                list(blocks)
+            _, line_before, line = min(twice)
+            start = f"iep.csv:{line}: lines {line_before} and {line} have the same key "
+            assert str(caught.value).startswith(start)
+        else:
+            joined = b"".join(block.data for block in blocks)
+            assert [sgsync.decode_row(row) for row in joined[:-1].split(b"\n")] == sorted(
+                rows, key=of
+            )
+    assert sorted(path.parent.iterdir()) == [path]
+
+
+@settings(max_examples=150)
+@given(
+    table=tables(),
+    blanks=st.lists(st.sampled_from(["", " ", "   "]), min_size=1),
+    nulls=st.lists(st.booleans(), min_size=1),
+    block=block_sizes,
+)
+def test_diff_sees_no_difference_in_blanks_and_null_texts(
+    files: tuple[Path, Path],
+    table: tuple[str | None, Rows, Rows],
+    blanks: list[str],
+    nulls: list[bool],
+    block: int,
+) -> None:
+    _, rows, _ = table
+    rows = sorted({tuple(field.rstrip(" ") for field in row) for row in rows if "NULL" not in row})
+    header = list("abc"[: len(rows[0]) if rows else 2])
+    count = 0
+
+    def disguised(field: str) -> str:
+        nonlocal count
+        count += 1
+        null = "NULL" if not field and nulls[count % len(nulls)] else field
+        return null + blanks[count % len(blanks)]
+
+    files[0].write_text(spell([header, *rows], 1), encoding="utf-8", newline="")
+    worn = [[disguised(field) for field in row] for row in rows]
+    files[1].write_text(spell([header, *worn], 2), encoding="utf-8", newline="")
+    with sizes(block):
+        changes, counts = compare(*files, trim=True, null_text="NULL")
+    assert (len(changes), counts.rows, counts.database_rows) == (1, len(rows), len(rows))
+
+
+# ------------------------------------------------------------------ order and keys, to the line
+
+
+def write(path: Path, *rows: str, end: str = "\r\n") -> None:
+    path.write_text("".join(row + end for row in rows), encoding="utf-8", newline="")
+
+
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("at", range(5))
+def test_diff_names_both_lines_of_a_disorder_inside_and_around_equal_stretches(
+    files: tuple[Path, Path], side: int, at: int, block: int
+) -> None:
+    good = ["1,x", '2,"a\nb"', "3,y", '4,""', "5,z"]
+    bad = [*good[:at], '0,"\n"', *good[at:]]
+    for index, path in enumerate(files):
+        write(path, "id,name", *(bad if index == side else good))
+    with sizes(block):
+        if at == 0:
+            assert len(compare(*files, "id")[0]) == 2
+            return
+        with pytest.raises(sgsync.DataError) as caught:
+            compare(*files, "id")
+    before = [2, 3, 5, 6, 7][at - 1]
+    line = [3, 5, 6, 7, 8][at - 1]
+    shown = f"{('ia', 'ic')[side]}/iep.csv"
+    assert caught.value.message == (
+        f"{shown}:{line}: not sorted: line {before} has the key id={at}, line {line} has id=0"
+    )
+
+
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("at", range(1, 6))
+@pytest.mark.parametrize("sort", [False, True])
+def test_diff_names_both_lines_of_a_key_that_stands_there_twice(
+    files: tuple[Path, Path], side: int, at: int, sort: bool, block: int
+) -> None:
+    good = ["1,x", '2,"a\nb"', "3,y", '4,""', "5,z"]
+    twice = [*good[:at], f"{at},again", *good[at:]]
+    for index, path in enumerate(files):
+        write(path, "id,name", *(twice if index == side else good))
+    with sizes(block, sort=64), pytest.raises(sgsync.DataError) as caught:
+        compare(*files, "id", sort=sort)
+    before = [2, 3, 5, 6, 7][at - 1]
+    line = [3, 5, 6, 7, 8][at - 1]
+    shown = f"{('ia', 'ic')[side]}/iep.csv"
+    assert caught.value.message == (
+        f"{shown}:{line}: lines {before} and {line} have the same key id={at}"
+    )
+
+
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("other", [["1,0,x"], ["1,0,x", '2,"\n",y', "3,1,z"], []])
+def test_diff_names_the_line_of_a_key_that_is_no_number(
+    files: tuple[Path, Path], side: int, sort: bool, other: list[str], block: int
+) -> None:
+    # the bytes of the third row stand inside those of the first, too
+    rows = ["10,0,x", '11,"\n",y', ",0,x", "12,0,z"]
+    write(files[side], "id,n,name", *rows)
+    write(files[1 - side], "id,n,name", *other)
+    with sizes(block), pytest.raises(sgsync.DataError) as caught:
+        compare(*files, "id:int", sort=sort)
+    shown = f"{('ia', 'ic')[side]}/iep.csv"
+    assert str(caught.value) == (
+        f"{shown}:5: the key id= is no whole number where :int asks for one\n"
+        "Try: correct the value, or drop :int from the key"
+    )
+
+
+def test_diff_refuses_a_single_row_whose_key_is_no_number(files: tuple[Path, Path]) -> None:
+    write(files[0], "id,name")
+    write(files[1], "id,name", "x,y")
+    with pytest.raises(sgsync.DataError, match="ic/iep.csv:2: the key id=x is no whole number"):
+        compare(*files, "id:int")
+
+
+def test_diff_orders_by_code_points_and_by_no_other_order(files: tuple[Path, Path]) -> None:
+    """UTF-16 puts U+10000 before U+FFFF, locales put a before B, cp1252 and é are no order here."""
+    ascending = ["\t", " ", "-1", "0", "10", "9", "B", "Z", "_", "a", "aB", "aa", "b", "~"]
+    ascending += ["\x80", "é", "ǆ", "\u2028", "\ufeff", "\uffff", "\U00010000", "\U0010ffff"]
+    assert ascending == sorted(ascending)
+    write(files[0], "id,name", *(f"{text},x" for text in ascending))
+    write(files[1], "id,name", *(f"{text},y" for text in ascending))
+    assert compare(*files, "id")[1].update == len(ascending)
+    for i in range(len(ascending) - 1):
+        swapped = [*ascending[:i], ascending[i + 1], ascending[i], *ascending[i + 2 :]]
+        write(files[1], "id,name", *(f"{text},y" for text in swapped))
+        with pytest.raises(sgsync.DataError, match=f"ic/iep.csv:{i + 3}: not sorted: "):
+            compare(*files, "id")
+
+
+def test_diff_orders_a_line_break_before_every_printable_character(
+    files: tuple[Path, Path],
+) -> None:
+    ascending = ["a", "a\t", "a\n", "a\nb", "a\r", "a\r\n", "a ", "ab", "a\xff"]
+    assert ascending == sorted(ascending)
+    rows = [[text, "x"] for text in ascending]
+    files[0].write_text(spell([["id", "n"], *rows], 1), encoding="utf-8", newline="")
+    for key in ("id", "id,n", None):
+        for dropped in range(len(rows)):
+            left = rows[:dropped] + rows[dropped + 1 :]
+            files[1].write_text(spell([["id", "n"], *left], 0), encoding="utf-8", newline="")
+            assert compare(*files, key)[0][1:] == [["insert", "", "", *rows[dropped]]]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "what"),
+    [
+        ("id,name", "id,status", "lacks status; has besides name"),
+        ("id", "id,name,status", "lacks name, status"),
+        ("id,name,x\ny", "id,name", "has besides x y"),
+        ("name,id", "id,name", "has them in another order: column 1 is name, not id"),
+        ("id,b,a", "id,a,b", "has them in another order: column 2 is b, not a"),
+        ("id,Name", "id,name", "lacks name; has besides Name"),
+        ("id,name ", "id,name", "lacks name; has besides name"),
+    ],
+)
+def test_diff_names_the_columns_that_differ(
+    files: tuple[Path, Path], ours: str, theirs: str, what: str
+) -> None:
+    for path, names in zip(files, (ours, theirs), strict=True):
+        path.write_text(spell([names.split(",")], 0), newline="")
+    with pytest.raises(sgsync.DataError) as caught:
+        compare(*files, "id")
+    assert str(caught.value) == (
+        f"ia/iep.csv:1: the columns differ from those of ic/iep.csv: it {what}\n"
+        "Try: let the SELECT give the columns that SameGoal's file has, in its order, or ask "
+        "SameGoal whether the form was changed"
+    )
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_diff_refuses_a_file_of_no_bytes(files: tuple[Path, Path], empty: int) -> None:
+    write(files[1 - empty], "id,name", "1,x")
+    files[empty].write_bytes(b"")
+    with pytest.raises(sgsync.DataError) as caught:
+        compare(*files, "id")
+    shown = ("ia/iep.csv", "ic/iep.csv")[empty]
+    assert str(caught.value) == (
+        f"{shown}: is empty, it has not even a header\nTry: export it again"
+    )
+
+
+# ------------------------------------------------------------------ memory
+
+
+@pytest.fixture(scope="module")
+def large_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """200,000 rows a side, 0.3 % of which differ; the database's side is in another order, too."""
+    folder = tmp_path_factory.mktemp("large")
+    ours, theirs = folder / "a.csv", folder / "b.csv"
+    tail = "2026-01-15,2027-01-14,Annual Review,AUT,0.84,Case manager 790,LRE80,LOCKED"
+    rows = [f"{number:08d},{tail}" for number in range(200_000)]
+    write(ours, "id,a,b,c,d,e,f,g,h", *rows)
+    for number in range(0, len(rows), 333):
+        rows[number] += "!"
+    write(theirs, "id,a,b,c,d,e,f,g,h", *rows)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_diff_memory_is_bounded(large_files: tuple[Path, Path], tmp_path: Path, sort: bool) -> None:
+    with sizes(sgsync.BLOCK_BYTES, sort=1 << 19), (tmp_path / "changes.csv").open("wb") as out:
+        spec = sgsync._defaults(sgsync.SqlDiff, file="a.csv", key=("id",), sort=sort)
+        tracemalloc.start()
+        counts = sgsync.diff(*large_files, out, spec)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (counts.rows, counts.update, counts.insert, counts.delete) == (200_000, 601, 0, 0)
+    assert peak < 6_000_000 < min(path.stat().st_size for path in large_files) / 2
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def golden_cases() -> Iterator[object]:
+    for folder in sorted(path for path in CASES.iterdir() if path.is_dir()):
+        yield pytest.param(folder, id=folder.name)
+
+
+def words(folder: Path) -> list[str]:
+    return ["diff", "a.csv", "b.csv", *(folder / "args").read_text(encoding="utf-8").split()]
+
+
+@pytest.mark.parametrize("folder", golden_cases())
+def test_diff_command_golden(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.chdir(folder)
+    code = sgsync.main(words(folder))
+    out, err = capsysbinary.readouterr()
+    assert err.decode("utf-8") == (folder / "expected.err").read_text(encoding="utf-8")
+    assert out == (folder / "expected.csv").read_bytes()
+    assert code == int((folder / "code").read_text())
+
+
+@pytest.mark.parametrize("name", ["changes", "unsorted-database", "unicode"])
+def test_diff_command_golden_as_a_process(name: str) -> None:
+    folder = CASES / name
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *words(folder)],
+        capture_output=True, cwd=folder, check=False, timeout=60, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.stderr.decode("ascii").replace(os.linesep, "\n") == (
+        (folder / "expected.err").read_text(encoding="utf-8")
+    )
+    assert done.stdout == (folder / "expected.csv").read_bytes()
+    assert done.returncode == int((folder / "code").read_text())
+
+
+def diff_main(*argv: object) -> int:
+    return sgsync.main(["diff", *map(str, argv)])
+
+
+def test_diff_command_writes_output_whole_or_not_at_all(
+    tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    a, b, out = tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "new" / "changes.csv"
+    write(a, "id,name", "1,x")
+    write(b, "id,name", "1,y")
+    assert diff_main(a, b, "--key", "id", "--output", out) == 0
+    expected = b"operation,before_id,before_name,after_id,after_name\r\nupdate,1,y,1,x\r\n"
+    assert out.read_bytes() == expected
+    write(a, "id,name", *(f"{number},x" for number in range(1, 9)), "10,x")
+    assert diff_main(a, b, "--key", "id", "--output", out) == 5
+    assert out.read_bytes() == expected
+    assert list(out.parent.iterdir()) == [out]
+    assert diff_main(a, b, "--key", "id", "--output", tmp_path / "other" / "none.csv") == 5
+    assert list((tmp_path / "other").iterdir()) == []
+    assert capsysbinary.readouterr().out == b""
+
+
+def test_diff_command_leaves_standard_output_open(
+    tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    a, b = tmp_path / "a.csv", tmp_path / "b.csv"
+    write(a, "id", "2", "1")
+    write(b, "id")
+    assert diff_main(a, b) == 5
+    write(a, "id", "1")
+    capsysbinary.readouterr()
+    assert diff_main(a, b) == 0
+    out, err = capsysbinary.readouterr()
+    assert out == b"operation,before_id,after_id\r\ninsert,,1\r\n"
+    assert err == b"1 row, 0 rows: 1 to insert, 0 to update, 0 to delete\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["none.csv", "b.csv"], 2,
+         "none.csv: No such file or directory\n    Try: correct the name of the file\n"),
+        (["a.csv", "folder"], 2, "folder: is a folder\n    Try: name a CSV file in it\n"),
+        (["a.csv", "empty.csv"], 5,
+         "empty.csv: is empty, it has not even a header\n    Try: export it again\n"),
+        (["empty.csv", "b.csv"], 5,
+         "empty.csv: is empty, it has not even a header\n    Try: export it again\n"),
+        (["a.csv", "b.csv", "--key", "id,,name"], 2,
+         "--key 'id,,name': has an empty name between its commas\n    Try: --key id,start\n"),
+        (["a.csv", "b.csv", "--key", ""], 2, "--key '': is empty\n    Try: --key id,start\n"),
+        (["a.csv", "b.csv", "--key", "id,id:int"], 2,
+         "--key 'id,id:int': names the column 'id' twice\n    Try: --key id,start\n"),
+        (["a.csv", "b.csv", "--output", "folder"], 2,
+         "--output folder: is a folder\n    Try: name a file in it\n"),
+        (["a.csv", "b.csv", "--output", "b.csv"], 2,
+         "--output b.csv: is one of the files compared\n    Try: name another file\n"),
+        (["a.csv", "b.csv", "--output", "folder/../a.csv"], 2,
+         f"--output {Path('folder/../a.csv')}: is one of the files compared\n"
+         "    Try: name another file\n"),
+    ],
+)  # fmt: skip
+def test_diff_command_refuses(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+    argv: list[str],
+    code: int,
+    message: str,
+) -> None:
+    write(tmp_path / "a.csv", "id,name", "1,x")
+    write(tmp_path / "b.csv", "id,name", "1,y")
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "folder").mkdir()
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    assert diff_main(*argv) == code
+    assert capsysbinary.readouterr() == (b"", message.encode())
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_diff_command_quiet_prints_no_summary(
+    tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    write(tmp_path / "a.csv", "id")
+    assert diff_main(tmp_path / "a.csv", tmp_path / "a.csv", "--quiet") == 0
+    assert capsysbinary.readouterr() == (b"operation,before_id,after_id\r\n", b"")
+
+
+def test_diff_command_without_standard_output_wants_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a.csv", "id", "1")
+    monkeypatch.setattr(sys, "stdout", None)  # as under pythonw
+    out = tmp_path / "changes.csv"
+    assert diff_main(tmp_path / "a.csv", tmp_path / "a.csv") == 2
+    assert diff_main(tmp_path / "a.csv", tmp_path / "a.csv", "--output", out) == 0
+    monkeypatch.undo()
+    assert capsys.readouterr().err == (
+        "there is no standard output\n    Try: name a file with --output\n"
+        "1 row, 1 row: 0 to insert, 0 to update, 0 to delete\n"
+    )
+    assert out.read_bytes() == b"operation,before_id,after_id\r\n"
+
+
+@pytest.fixture
+def many_changes(tmp_path: Path) -> list[str]:
+    """The command that lists more changes than a pipe holds."""
+    write(tmp_path / "a.csv", "id,name", *(f"{number:06d},x" for number in range(20_000)))
+    write(tmp_path / "b.csv", "id,name")
+    paths = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    return [sys.executable, str(SCRIPT), "diff", *paths, "--key", "id"]
+
+
+def test_diff_command_ends_quietly_when_its_reader_has_enough(many_changes: list[str]) -> None:
+    with subprocess.Popen(many_changes, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == (
+            b"operation,before_id,before_name,after_id,after_name\r\n"
+        )
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_diff_command_says_that_standard_output_is_full(many_changes: list[str]) -> None:
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        done = subprocess.run(
+            many_changes, stdout=full, stderr=subprocess.PIPE, check=False, timeout=60
+        )
+    assert done.stderr.decode() == (
+        "standard output: No space left on device\n    Try: see that the disk has space left and "
+        "that the account which runs sgsync may write to this folder\n"
+    )
+    assert done.returncode == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_diff_command_reads_and_writes_named_pipes(
+    tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    a, b, out = (tmp_path / name for name in ("a", "b.csv", "out"))
+    write(b, "id", "1")
+    os.mkfifo(a)
+    os.mkfifo(out)
+    read: list[bytes] = []
+    for content, code, changes in (
+        ("id\n1\n2\n", 0, b"operation,before_id,after_id\r\ninsert,,2\r\n"),
+        ("", 5, b""),
+    ):
+        writer = threading.Thread(target=a.write_text, args=(content,))
+        reader = threading.Thread(target=lambda: read.append(out.read_bytes()))
+        writer.start()
+        reader.start()
+        assert diff_main(a, b, "--output", out) == code
+        writer.join()
+        reader.join()
+        assert read.pop() == changes
+        assert out.is_fifo()
+    assert f"{a}: is empty, it has not even a header".encode() in capsysbinary.readouterr().err
