@@ -23,24 +23,19 @@ banner that names its entry point.  Start reading at `run_sync`.
 from __future__ import annotations
 
 import argparse
-import bisect
 import collections
 import contextlib
 import csv
 import dataclasses
 import datetime
-import decimal
 import functools
-import heapq
 import io
 import itertools
-import json
 import logging
 import operator
 import os
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -72,7 +67,7 @@ PART = ".part"  # A file under this suffix is not finished, whatever it holds.
 BLOCK_BYTES = 1 << 18  # Read at a time; measured: larger blocks fall out of the processor's cache.
 CONFIG_BYTES = 10_000_000  # config.xml may not be larger.
 RECORD_BYTES = 1 << 24  # One CSV record may not be longer: memory stays bounded on any input.
-SORT_BYTES = 1 << 23  # Sorted in memory at a time by sort="true".
+SORT_BYTES = 1 << 24  # Sorted in memory at a time by sort="true".
 FETCH_ROWS = 1000
 ORACLE_ROWS = 5000  # A round trip brings as many.
 LISTING_ENTRIES = 10_000  # A directory with more is a broken or hostile server.
@@ -191,6 +186,8 @@ def retried(work: Callable[[], T], cancelled: threading.Event | None = None) -> 
     import tenacity
 
     def announce(state: tenacity.RetryCallState) -> None:
+        if cancelled and cancelled.is_set():
+            return  # The error is of our own making.
         pause = state.next_action.sleep if state.next_action else 0
         error = state.outcome.exception() if state.outcome else None
         log.warning("%s; trying again in %.0f s", getattr(error, "message", error), pause)
@@ -726,6 +723,8 @@ class _ConfigReader:
         return self.line_ends[min(line, len(self.line_ends)) - 1]
 
     def _line_at(self, offset: int) -> int:
+        import bisect
+
         return bisect.bisect_left(self.line_ends, offset) + 1
 
     def _children(self, element: etree._Element) -> Iterator[etree._Element]:
@@ -920,6 +919,7 @@ class _ConfigReader:
 
     def _schoolinks(self, element: etree._Element) -> object:
         made: dict[str, Any] = {}
+        before = len(self.errors)
         for child in self._children(element):
             tags = [self._tag(tag) for tag in self._children(child)]
             more = {"tags": tuple(tag for tag in tags if tag)} if child.tag == "Tags" else {}
@@ -928,7 +928,7 @@ class _ConfigReader:
         attendance = made.get("Attendance", _defaults(AttendanceSettings, enabled=False))
         gpa = made.get("GPA", _defaults(GpaSettings, enabled=False))
         tags = made.get("Tags", _defaults(TagsSettings, enabled=False))
-        if attendance and gpa and tags:
+        if len(self.errors) == before and attendance and gpa and tags:
             self._check_sections(element, attendance, gpa, tags)
         return self._instance(element, attendance=attendance, gpa=gpa, tags=tags)
 
@@ -1232,9 +1232,13 @@ class Sftp:
         """Rename over what is there; where the server refuses, `path` is deleted."""
         with self._operation(f"{self.where}: {to}: cannot be renamed to"):
             session = self._session()
-            with contextlib.suppress(OSError):  # an old server has no such extension
+            try:
                 session.posix_rename(path, to)
                 return True
+            except TimeoutError:
+                raise  # It may have been done: `to` must not be removed.
+            except OSError:
+                pass  # An old server has no such extension.
             with contextlib.suppress(OSError):
                 with contextlib.suppress(FileNotFoundError):
                     session.remove(to)
@@ -1267,7 +1271,10 @@ class Sftp:
         try:
             yield
         except (paramiko.SSHException, paramiko.SFTPError, EOFError, OSError) as error:
-            raise self._translated(subject, error) from error
+            translated = self._translated(subject, error)
+            if translated.transient:  # What did not answer once must not be asked again.
+                self._hang_up()
+            raise translated from error
         finally:
             if self._watchdog:
                 self._watchdog.rest()
@@ -1558,7 +1565,7 @@ class Database:
             cursor.execute(sql)
             while cursor.description is None:  # an answer without rows, such as a row count
                 if not cursor.nextset():
-                    raise DatabaseError(f"{subject}: returns no rows", "write one that SELECTs")
+                    raise DatabaseError(f"{subject}: gives no columns", "write a SELECT")
             return tuple(str(column[0]) for column in cursor.description)
 
         columns: Row = self._run(subject, execute)
@@ -1601,8 +1608,11 @@ class Database:
 
     def revive(self) -> None:
         """Connect again where the connection was lost while it lay idle."""
+        cursor = self._open_cursor()
         try:
-            self.execute("the database", "SELECT 1")
+            self._run(
+                "the database", lambda: cursor.execute("SELECT 1").fetchall(), CONNECT_SECONDS
+            )
             self.rollback()
         except DatabaseError as error:
             log.info("%s; connecting again", error.message)
@@ -1678,7 +1688,7 @@ class Database:
                     self._abandon()
                     break
                 if time.monotonic() > end:
-                    late, end = True, end + CANCEL_SECONDS
+                    late, end = True, end + min(CANCEL_SECONDS, seconds)
                     self._interrupt()
         except CancelledError:
             self._abandon()
@@ -2121,8 +2131,8 @@ class Key:
     """The columns that identify a row, in sort order; those of `:int` sort as numbers."""
 
     def __init__(self, spec: Sequence[str] | None, columns: Row, shown: str) -> None:
-        spec = spec or columns
-        self.names = tuple(name.removesuffix(":int") for name in spec)
+        numeric = [name.endswith(":int") for name in spec or ()]
+        self.names = tuple(name.removesuffix(":int") for name in spec) if spec else columns
         missing = [name for name in self.names if name not in columns]
         if missing:
             raise DataError(
@@ -2131,7 +2141,7 @@ class Key:
                 "correct the key, or the name of the column in the query",
             )
         self.indexes = tuple(columns.index(name) for name in self.names)
-        self._numeric = tuple(name.endswith(":int") for name in spec)
+        self._numeric = numeric or [False] * len(columns)
         self._whole_row = self.indexes == tuple(range(len(columns)))
         # Where the key is the first columns as text, the keys of a block can be taken at once.
         prefix = self.indexes == tuple(range(len(self.indexes))) and not any(self._numeric)
@@ -2157,6 +2167,20 @@ class Key:
                 return rows
         return [self.of(row) for row in rows]
 
+    def sort_forms(self, data: bytes) -> list[bytes]:
+        """The keys of a block's rows as bytes that sort as they do, \\0 after each column."""
+        if self._pattern and _BREAK not in data and b"\x0b" not in data:
+            return self._pattern.findall(data)
+        forms = []
+        for row in data[:-1].split(b"\n"):
+            fields = row.split(b"\0")
+            parts = [
+                _number_sort_form(fields[index]) if numeric else _text_sort_form(fields[index])
+                for index, numeric in zip(self.indexes, self._numeric, strict=True)
+            ]
+            forms.append(b"\0".join(parts) + b"\0")
+        return forms
+
     def show(self, row: bytes) -> str:
         """A row's key for a message: `studentNumber=1001, startDate=2026-01-15`."""
         values = [decode_row(row)[index] for index in self.indexes]
@@ -2173,11 +2197,20 @@ def _whole_number(field: bytes) -> int:
     return int(field)
 
 
+def _number_sort_form(field: bytes) -> bytes:
+    number = _whole_number(field)
+    return b"1%040d" % number if number >= 0 else b"0%040d" % (number + 10**40)
+
+
+def _text_sort_form(field: bytes) -> bytes:
+    """A line break sorts between \\t and \\x0b."""
+    return field.replace(b"\x0b", b"\x0b\x02").replace(_BREAK, b"\x0b\x01")
+
+
 class SortedRows:
     """The rows of a CSV file one after another, in a window of bytes, their order checked.
 
-    With `check_blocks` the order is checked as a block is read; else as rows are taken.  `skip`
-    then looks at the first of its rows alone: the others are known to equal checked ones.
+    With `check_blocks` the order is checked as a block is read; else as rows are taken.
     """
 
     def __init__(
@@ -2215,17 +2248,19 @@ class SortedRows:
         self.position += len(row) + 1
 
     def skip(self, end: int) -> None:
-        """Go to `end`, behind whole rows that equal those of the other file."""
-        if not self._check_blocks:
-            self._check_next(self.peek())
+        """Go to `end`, behind whole rows that equal those of the other file.
+
+        Their order needs no check: they ascend as the source's do, and the row before them equalled
+        a row of the source that comes before theirs, or was found to be less than one that does.
+        """
         self.position = end
 
-    def key_of(self, row: bytes, offset: int | None = None) -> tuple[bytes | int, ...]:
-        """The key of the row at `offset`, or at `position`."""
+    def key_of(self, row: bytes) -> tuple[bytes | int, ...]:
+        """The key of the row that `peek` gave."""
         try:
             return self.key.of(row)
         except ValueError:
-            line = self._block.line_at(self.position if offset is None else offset)
+            line = self._block.line_at(self.position)
             raise not_a_number(self.csv_file, self.key, row, line) from None
 
     def _remember_last(self) -> None:
@@ -2247,11 +2282,7 @@ class SortedRows:
         try:
             keys = self.key.of_block(self.data)
         except ValueError:
-            offset = 0
-            for row in self.data[:-1].split(b"\n"):
-                self.key_of(row, offset)
-                offset += len(row) + 1
-            raise
+            refuse_number(self.csv_file, self.key, self._block)
         if all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
             return
         rows = self.data[:-1].split(b"\n")
@@ -2275,31 +2306,25 @@ class SortedRows:
 def sorted_blocks(csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> Iterator[Block]:
     """The same rows in the order of their keys, in bounded memory; a key twice is an error.
 
-    Sorted runs go to temporary files beside the input and are merged; each row carries its line.
+    Sorted runs go to temporary files and are merged.  A line of a run is a row behind its key, in
+    a form whose bytes sort as the key does, and its line in the file.
     """
-    import tempfile
+    import heapq
 
-    folder = csv_file.path.parent
     with contextlib.ExitStack() as stack:
-        runs: list[IO[bytes]] = []
-        for numbered_rows in _numbered_rows(blocks):
-            try:
-                numbered_rows.sort(key=key.of)
-            except ValueError:
-                _refuse_number(csv_file, key, numbered_rows)
-            with local_errors(csv_file.path):
-                place = folder if os.access(folder, os.W_OK) else None
-                run = stack.enter_context(tempfile.TemporaryFile(dir=place))
-                run.writelines(numbered_rows)
-                run.seek(0)
-            runs.append(run)
-        data, rows, before, line_before = bytearray(), 0, b"", 0
-        for numbered in heapq.merge(*runs, key=key.of):
-            row, line = _split_number(numbered)
-            if line_before and key.of(before) == key.of(row):
-                raise duplicate_key(csv_file, key, row, line_before, line)
-            before, line_before = row, line
-            data += row + b"\n"
+        runs = [
+            stack.enter_context(_sorted_run(csv_file.path, lines))
+            for lines in _sortable_lines(csv_file, blocks, key)
+        ]
+        data, rows = bytearray(), 0
+        key_before: list[bytes] = []
+        line_before = b""
+        for sortable in heapq.merge(*runs):
+            *key_now, line, row = sortable.split(b"\0", len(key.indexes) + 1)
+            if key_now == key_before:
+                raise duplicate_key(csv_file, key, row[:-1], int(line_before), int(line))
+            key_before, line_before = key_now, line
+            data += row
             rows += 1
             if len(data) >= BLOCK_BYTES:
                 yield Block(bytes(data), 0, rows)
@@ -2308,35 +2333,53 @@ def sorted_blocks(csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> Itera
             yield Block(bytes(data), 0, rows)
 
 
-def _numbered_rows(blocks: Iterator[Block]) -> Iterator[list[bytes]]:
-    """Rows with their line as one more field, as many as may be sorted in memory at a time."""
-    rows: list[bytes] = []
+def _sortable_lines(csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> Iterator[list[bytes]]:
+    """Lines for a run, as many as may be sorted in memory at a time."""
+    lines: list[bytes] = []
     size = 0
     for block in blocks:
-        line = block.line
-        for row in block.data[:-1].split(b"\n"):
-            rows.append(b"%b\0%d\n" % (row, line))
-            line += 1 + row.count(_BREAK)
-        size += len(block.data)
+        try:
+            forms = key.sort_forms(block.data)
+        except ValueError:
+            refuse_number(csv_file, key, block)
+        number = block.line
+        for form, row in zip(forms, block.data[:-1].split(b"\n"), strict=True):
+            lines.append(b"%b%012d\0%b\n" % (form, number, row))
+            size += len(lines[-1]) + 48  # what Python adds to a line in a list
+            number += 1 + row.count(_BREAK)
         if size >= SORT_BYTES:
-            yield rows
-            rows, size = [], 0
-    if rows:
-        yield rows
+            yield lines
+            lines, size = [], 0
+    if lines:
+        yield lines
 
 
-def _split_number(numbered: bytes) -> tuple[bytes, int]:
-    row, _, line = numbered[:-1].rpartition(b"\0")
-    return row, int(line)
+@contextlib.contextmanager
+def _sorted_run(path: Path, lines: list[bytes]) -> Iterator[IO[bytes]]:
+    """Sort `lines` into a temporary file beside `path`, or where such files belong."""
+    import tempfile
+
+    lines.sort()
+    place = path.parent if os.access(path.parent, os.W_OK) else None
+    with contextlib.ExitStack() as stack:
+        with local_errors(path):
+            run = stack.enter_context(tempfile.TemporaryFile(dir=place))
+            run.writelines(lines)
+            run.seek(0)
+        lines.clear()
+        yield run
 
 
-def _refuse_number(csv_file: CsvFile, key: Key, rows: list[bytes]) -> NoReturn:
-    for numbered in rows:
-        row, line = _split_number(numbered)
+def refuse_number(csv_file: CsvFile, key: Key, block: Block) -> NoReturn:
+    """Name the first row of a block whose key is no number."""
+    offset = 0
+    for row in block.data[:-1].split(b"\n"):
         try:
             key.of(row)
         except ValueError:
+            line = block.line_at(offset)
             raise not_a_number(csv_file, key, row, line) from None
+        offset += len(row) + 1
     raise AssertionError("every key is a number")
 
 
@@ -2496,9 +2539,10 @@ def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, ti
 def export(database: Database, diff: SqlDiff, path: Path, tick: Tick) -> int:
     """Stream the rows of a SQLDiff's query into a CSV file; returns how many."""
     subject = f"{path.parent.name}/{path.name}: the query (config.xml:{diff.line})"
-    count = write_query(database, subject, diff.query, path, tick, diff.date_format)
-    database.rollback()  # Nothing was changed; let go of what reading may have locked.
-    return count
+    try:
+        return write_query(database, subject, diff.query, path, tick, diff.date_format)
+    finally:
+        database.rollback()  # Nothing was to be changed; let go of what reading may have locked.
 
 
 def write_query(
@@ -2537,6 +2581,8 @@ def to_text(value: object, date_format: str | None = None) -> str:
         return "1" if value else "0"
     if isinstance(value, datetime.date):  # a datetime, too
         return value.strftime(date_format) if date_format else value.isoformat()
+    import decimal
+
     if isinstance(value, decimal.Decimal):
         return f"{value:f}"
     if isinstance(value, float):
@@ -2703,7 +2749,10 @@ def form_difference(before: str, after: str) -> str:
     return "date" if dates[0] and dates[1] and dates[0][0] == dates[1][0] else ""
 
 
-def _plain_number(text: str) -> decimal.Decimal | None:
+def _plain_number(text: str) -> object:
+    """The number that a text is, in a form that compares by value, or None."""
+    import decimal
+
     plain = re.fullmatch(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*", text, re.ASCII) and len(text) < 40
     return decimal.Decimal(text.strip()) if plain else None
 
@@ -2996,7 +3045,7 @@ class Applier:
                     f"{self.spec.file}: {self.operation} of {key}: {masked.message}",
                     masked.remedy,
                     sqlstate=error.sqlstate,
-                ) from error
+                ) from None
             name = self.call.procedure or "SQL"
             self.failures.add(self.spec.file, self.operation, key, name, masked)
 
@@ -3005,12 +3054,13 @@ class Applier:
         database = self.database
         database.connect()
         name = self.call.procedure or f"the statement of <{self.operation.title()}>"
-        call = self.call.statement.rstrip("; \n\t")
+        call = database.spelled(self.call.statement.rstrip("; \n\t"))
+        end = "\n;" if call and database.name == MSSQL else ""  # MERGE demands it.
         call = call or database.call_text(str(self.call.procedure), len(self._indexes))
         size = database.calls_per_statement(len(self._indexes))
         statements = [
             (
-                ";\n".join([call] * len(part)),
+                "\n;\n".join([call] * len(part)) + end,  # The statement may end in a comment.
                 [row[index] or None for row in part for index in self._indexes],
             )
             for part in batched(rows, size)
@@ -3073,22 +3123,39 @@ def run_statements(
 ) -> dict[str, int]:
     """Run the Upload element's statements in order; returns the rows of each file they made.
 
-    Each is a transaction of its own, read to its last result set.
+    Each is a transaction of its own, read to its last result set; after a deadlock or a lost
+    connection it is tried again.
     """
     made: dict[str, int] = {}
     retried(database.revive)
     for number, statement in enumerate(statements, 1):
         subject = f"statement {number} of <Upload> (config.xml:{statement.line})"
-        sql = database.spelled(statement.sql)
         if statement.file:
             subject = f"{subject}, {statement.file}"
-            path = folder / statement.file
-            made[statement.file] = write_query(database, subject, sql, path, tick, None)
+        work = functools.partial(_run_statement, database, statement, subject, folder, tick)
+        rows = retried(work)
+        if statement.file:
+            made[statement.file] = rows
+        log.info("%s: done", subject)
+    return made
+
+
+def _run_statement(
+    database: Database, statement: Statement, subject: str, folder: Path, tick: Tick
+) -> int:
+    rows = 0
+    database.connect()
+    sql = database.spelled(statement.sql)
+    try:
+        if statement.file:
+            rows = write_query(database, subject, sql, folder / statement.file, tick, None)
         else:
             database.execute(subject, sql)
         database.commit()
-        log.info("%s: done", subject)
-    return made
+    except BaseException:
+        database.rollback()
+        raise
+    return rows
 
 
 # ---------------------------------------------------------------------- stage: push
@@ -3268,7 +3335,7 @@ class Oracle:
 
         self._worker = _Worker()
         subject = "PowerSchool: cannot connect"
-        self._connection = self._bounded(subject, connect, CONNECT_SECONDS + 10)
+        self._connection = self._bounded(subject, connect, 2 * CONNECT_SECONDS)
         log.info("PowerSchool: connected to Oracle %s", self._connection.version)
 
     def query(self, subject: str, sql: str, binds: Mapping[str, object]) -> list[Sequence[Any]]:
@@ -3285,7 +3352,7 @@ class Oracle:
                 return list(cursor.fetchall())
 
         log.debug("%s:\n%s", subject, sql)
-        return self._bounded(subject, fetch, self.settings.query_timeout_seconds + 10)
+        return self._bounded(subject, fetch, 2 * self.settings.query_timeout_seconds)
 
     def _bounded(self, subject: str, work: Callable[[], T], seconds: float) -> T:
         """What `work` returns; waits in short steps, or Windows would not notice Ctrl-C."""
@@ -3312,8 +3379,8 @@ ORACLE_ADVICE = {
     "DPY-3010": f"this server is older than Oracle 12.1, which thin mode cannot speak to: {_THICK}",
     "DPY-3015": "this account's password is stored in the old 10G form: ask the database "
     f"administrator to set the password anew, or {_THICK}",
-    "DPY-4011": "the server ended the connection; that is often its demand for native network "
-    f"encryption, which thin mode lacks: {_THICK}",
+    "DPY-4011": "run it again; where every connection ends like this at once, the server may "
+    f"demand native network encryption, which thin mode lacks: {_THICK}",
     "DPY-4000": _DSN,  # not in tnsnames.ora
     "DPY-4026": _DSN,  # no tnsnames.ora
     "DPY-4027": _DSN,  # nor a folder for it
@@ -3347,6 +3414,8 @@ def oracle_error(subject: str, error: Exception) -> DatabaseError:
     text = re.sub(r" \(CONNECTION_ID=[^)]*\)", "", one_line("\n".join(lines)))
     codes = re.findall(r"\b(?:DPY|DPI|ORA)-\d{4,5}\b", text)
     code = next((code for code in reversed(codes) if code in ORACLE_ADVICE), (codes or [""])[0])
+    if "socket timed out" in text:  # DPY-4024 on a connection that has gone silent
+        code = "DPY-4024"
     return DatabaseError(
         f"{subject}: {text}", ORACLE_ADVICE.get(code, ""), transient=code in _PASSING
     )
@@ -3569,11 +3638,13 @@ def number_text(value: object) -> str:
 
 def same_value(value: object, wanted: str) -> bool:
     """Whether a column holds the value that the configuration names: 1, 1.0 and '1' are equal."""
+    import decimal
+
     text = to_text(value).strip()
     try:
-        return decimal.Decimal(text) == decimal.Decimal(wanted)
+        return text == wanted or decimal.Decimal(text) == decimal.Decimal(wanted)
     except decimal.InvalidOperation:
-        return text == wanted
+        return False
 
 
 def write_sections(sections: Sequence[Section], folder: Path, quoting: str) -> None:
@@ -3598,10 +3669,12 @@ LIVE = "live"  # how summary.json marks a file that was uploaded, and not for a 
 
 def last_upload(history: Path, section: str) -> tuple[str, Path] | None:
     """Epoch and path of a section's file as it was last uploaded for good, if history has it."""
+    import json
+
     for folder in sorted(history.iterdir(), reverse=True):
         if not EPOCH.fullmatch(folder.name):
             continue
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
             for line in summary["files"]:
                 path = folder / line["file"]
@@ -3742,6 +3815,8 @@ class Run:
 
     def conclude(self, outcome: str, exit_code: int, message: str) -> None:
         """Settle the outcome and write summary.json."""
+        import json
+
         self.summary |= {
             "outcome": outcome,
             "exit_code": exit_code,
@@ -3811,6 +3886,8 @@ def only_run(run: Run, name: str) -> Iterator[None]:
 
     The operating system frees the lock of a process that dies.
     """
+    import json
+
     import filelock
 
     holder = run.history / f"{name}.lock.json"
@@ -4018,7 +4095,8 @@ def may_go_on(
     raise HeldError(
         f"held, nothing was written: {'; '.join(reasons)}. In all: {counts}",
         f"{'ask SameGoal for a newer extract; ' if stale in reasons else ''}look at diff/ in this "
-        f"run's folder; if the changes are right, approve just these: {approval(run.epoch, options)}",
+        "run's folder; if the changes are right, approve just these: "
+        f"{approval(run.epoch, options)}",
     )
 
 
@@ -4031,6 +4109,8 @@ class HeldRun:
 
 
 def held_run(history: Path, epoch: str) -> HeldRun:
+    import json
+
     folder = history / epoch
     if not EPOCH.fullmatch(epoch) or not (folder / HELD).is_file():
         kept = [p.name for p in history.iterdir() if (p / HELD).is_file()]
@@ -4071,6 +4151,8 @@ def apply_changes(
             began, before = time.monotonic(), failures.count
             total = sum(counts.of(operation) for operation in spec.calls)
             changes = run.folder / "diff" / spec.file
+            if total:  # It lay idle as long as the download and the diff took.
+                retried(database.revive)
             with display.stage(f"apply {spec.file}", total) as tick:
                 apply(database, spec, changes, counts, failures, tick)
             if total:
@@ -4336,7 +4418,14 @@ def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO
         if sys.stdout is None:
             raise ConfigError("there is no standard output", "name a file with --output")
         with local_errors(Path("standard output")):
-            yield sys.stdout.buffer
+            import errno
+
+            try:
+                yield sys.stdout.buffer
+            except OSError as error:
+                if os.name == "nt" and error.errno == errno.EINVAL:  # what Windows calls it
+                    raise BrokenPipeError from error
+                raise
     elif path.is_dir():
         raise ConfigError(f"--output {path}: is a folder", "name a file in it")
     elif any(path.exists() and path.samefile(file) for file in inputs):
@@ -4422,6 +4511,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = _run_command(options)
             if options.json and sys.stdout is not None:
+                import json
+
                 print(json.dumps(options.summary), flush=True)
             return code
         except BrokenPipeError:  # whoever read our output has enough
@@ -4501,6 +4592,8 @@ def _signals() -> Iterator[None]:
         yield
         return
 
+    import signal
+
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
@@ -4517,32 +4610,22 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def wait_if_double_clicked() -> None:
-    """Keep the window of a double click on Windows open until a key is pressed.
+def opened_by_double_click(
+    process: int, attached: set[int], processes: Mapping[int, tuple[int, str]]
+) -> bool:
+    """Whether a console was opened by a double click on this program.
 
-    A console that holds nobody but this program and its launchers was opened for it; unless the
-    Task Scheduler opened it, a person is looking at it.
+    `attached` are the processes in the console, `processes` all: id -> (parent's id, name).  So it
+    is where the console holds nobody but the program and its launchers (py.exe, the python.exe of a
+    virtual environment) and the Explorer started them.  The Task Scheduler is somebody else.
     """
-    if sys.platform != "win32" or not (sys.stdin and sys.stdin.isatty() and sys.stderr):
-        return
-    import ctypes
-    import msvcrt
-
-    kernel = ctypes.windll.kernel32
-    attached = (ctypes.c_uint32 * 16)()
-    count = kernel.GetConsoleProcessList(attached, len(attached))
-    parents = _windows_processes()
-    process, launchers = os.getpid(), 1
-    while (parent := parents.get(process, (0, ""))[0]) in list(attached)[:count]:
-        if not parents.get(parent, (0, ""))[1].startswith(("py", "sgsync")):
-            break
-        process, launchers = parent, launchers + 1
-    opener = parents.get(parents.get(process, (0, ""))[0], (0, ""))[1]
-    if count != launchers or opener in ("svchost.exe", "taskeng.exe", "taskhostw.exe"):
-        return
-    sys.stderr.write("\nPress any key to close this window.\n")
-    sys.stderr.flush()
-    msvcrt.getwch()
+    ours = {process}
+    parent, name = processes.get(process, (-1, ""))
+    while parent in attached - ours and processes[parent][1].startswith(("py", name)):
+        ours.add(parent)
+        parent = processes[parent][0]
+    opener = processes.get(parent, (0, ""))[1]
+    return ours == attached and (opener == "explorer.exe" or parent == 0)  # 0: as under Wine
 
 
 def _windows_processes() -> dict[int, tuple[int, str]]:
@@ -4551,25 +4634,18 @@ def _windows_processes() -> dict[int, tuple[int, str]]:
     Source: Microsoft, "Taking a Snapshot and Viewing Processes" (Tool Help library).
     """
     import ctypes
-    from ctypes import wintypes
+    from ctypes.wintypes import DWORD, HANDLE, WCHAR
 
-    class ProcessEntry(ctypes.Structure):
+    class ProcessEntry(ctypes.Structure):  # PROCESSENTRY32W
         _fields_ = (
-            ("size", wintypes.DWORD),
-            ("usage", wintypes.DWORD),
-            ("process", wintypes.DWORD),
-            ("heap", ctypes.c_size_t),
-            ("module", wintypes.DWORD),
-            ("threads", wintypes.DWORD),
-            ("parent", wintypes.DWORD),
-            ("priority", wintypes.LONG),
-            ("flags", wintypes.DWORD),
-            ("name", ctypes.c_wchar * 260),
-        )
+            ("size", DWORD), ("usage", DWORD), ("process", DWORD), ("heap", ctypes.c_size_t),
+            ("module_threads", DWORD * 2), ("parent", DWORD), ("priority_flags", DWORD * 2),
+            ("name", WCHAR * 260),
+        )  # fmt: skip
 
     kernel = cast("Any", ctypes).windll.kernel32
-    kernel.CreateToolhelp32Snapshot.restype = wintypes.HANDLE
-    snapshot = wintypes.HANDLE(kernel.CreateToolhelp32Snapshot(2, 0))
+    kernel.CreateToolhelp32Snapshot.restype = HANDLE
+    snapshot = HANDLE(kernel.CreateToolhelp32Snapshot(2, 0))
     entry = ProcessEntry(size=ctypes.sizeof(ProcessEntry))
     found: dict[int, tuple[int, str]] = {}
     more = kernel.Process32FirstW(snapshot, ctypes.byref(entry))
@@ -4580,7 +4656,24 @@ def _windows_processes() -> dict[int, tuple[int, str]]:
     return found
 
 
+def wait_if_double_clicked() -> None:
+    """Keep the window of a double click on Windows open until a key is pressed."""
+    if sys.platform != "win32" or not (sys.stdin and sys.stdin.isatty()):
+        return
+    import ctypes
+    import msvcrt
+
+    attached = (ctypes.c_uint32 * 16)()
+    count = ctypes.windll.kernel32.GetConsoleProcessList(attached, len(attached))
+    if opened_by_double_click(os.getpid(), set(attached[:count]), _windows_processes()):
+        while msvcrt.kbhit():  # typed during the run
+            msvcrt.getwch()
+        print("\nPress any key to close this window.", file=sys.stderr, flush=True)
+        msvcrt.getwch()
+
+
 if __name__ == "__main__":
     code = main()
-    wait_if_double_clicked()
+    with contextlib.suppress(Exception):  # The exit code stands, whatever the console is.
+        wait_if_double_clicked()
     sys.exit(code)

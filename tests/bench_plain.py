@@ -12,37 +12,39 @@ from pathlib import Path
 def rows(path, width):
     with Path(path).open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
-        yield next(reader)
+        yield next(reader), None
         last = None
         for row in reader:
             key = row[:width]
             if last is not None and not last < key:
                 raise SystemExit(f"{path}:{reader.line_num}: not sorted, or twice: {key}")
             last = key
-            yield row
+            yield row, key
 
 
-def merge(ours, theirs, width, write):
-    columns, _ = next(ours), next(theirs)
+def merge(ours, theirs, write):
+    columns, _ = next(ours)[0], next(theirs)
     write(["operation", *(f"before_{c}" for c in columns), *(f"after_{c}" for c in columns)])
     nothing = [""] * len(columns)
-    a, b = next(ours, None), next(theirs, None)
-    while a is not None or b is not None:
-        if b is None or (a is not None and a[:width] < b[:width]):
+    end = (None, None)
+    (a, our_key), (b, their_key) = next(ours, end), next(theirs, end)
+    while a or b:
+        if not b or (a and our_key < their_key):
             write(["insert", *nothing, *a])
-            a = next(ours, None)
-        elif a is None or b[:width] < a[:width]:
+            a, our_key = next(ours, end)
+        elif not a or their_key < our_key:
             write(["delete", *b, *nothing])
-            b = next(theirs, None)
+            b, their_key = next(theirs, end)
         else:
             if a != b:
                 write(["update", *b, *a])
-            a, b = next(ours, None), next(theirs, None)
+            a, our_key = next(ours, end)
+            b, their_key = next(theirs, end)
 
 
 def main(a, b, out, width):
     with Path(out).open("w", encoding="utf-8", newline="") as file:
-        merge(rows(a, width), rows(b, width), width, csv.writer(file).writerow)
+        merge(rows(a, width), rows(b, width), csv.writer(file).writerow)
 
 
 if __name__ == "__main__":

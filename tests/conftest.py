@@ -40,14 +40,21 @@ def pytest_configure() -> None:
 # ------------------------------------------------------------------ servers
 
 
+def skip_on_windows() -> None:
+    if os.name == "nt":
+        pytest.skip("these servers run on Linux only")
+
+
 @pytest.fixture(scope="session")
 def sshd_server() -> Iterator[servers.Sshd]:
+    skip_on_windows()
     with servers.Sshd() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[servers.Postgres]:
+    skip_on_windows()
     with servers.Postgres(fsync=False) as server:
         yield server
 
@@ -67,17 +74,34 @@ def sftp_root(sshd_server: servers.Sshd) -> Iterator[Path]:
 
 @pytest.fixture
 def sqlite(tmp_path_factory: pytest.TempPathFactory) -> servers.Database:
+    skip_on_windows()
     path = tmp_path_factory.mktemp("sqlite") / "database.sqlite"
     return servers.Database("sqlite", servers.sqlite_connection_string(path))
 
 
+@pytest.fixture(scope="session")
+def postgres_database(postgres_server: servers.Postgres) -> str:
+    """The connection string of the one database that all tests use: making one takes a while."""
+    return postgres_server.create_database(servers.fresh_name())
+
+
+EMPTY = """DO $$ DECLARE name text; BEGIN
+    PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid();
+    FOR name IN SELECT nspname FROM pg_namespace
+        WHERE nspname <> 'information_schema' AND nspname !~ '^pg_'
+        LOOP EXECUTE format('DROP SCHEMA %I CASCADE', name); END LOOP;
+    CREATE SCHEMA public;
+    GRANT USAGE ON SCHEMA public TO PUBLIC;
+END $$"""
+
+
 @pytest.fixture
-def postgres(postgres_server: servers.Postgres) -> Iterator[servers.Database]:
+def postgres(postgres_server: servers.Postgres, postgres_database: str) -> servers.Database:
     postgres_server.start()
-    name = servers.fresh_name()
-    yield servers.Database("postgresql", postgres_server.create_database(name))
-    postgres_server.start()
-    postgres_server.drop_database(name)
+    database = servers.Database("postgresql", postgres_database)
+    database.execute(EMPTY)
+    return database
 
 
 @pytest.fixture

@@ -103,9 +103,9 @@ class Home:
         (path / "ssh").mkdir(parents=True)
         self.known_hosts(sshd.known_hosts)
         self.private_key("ed25519")  # the quickest
-        database.execute(TABLE)
-        for statement in PROCEDURES[database.kind]:
-            database.execute(statement)
+        with database.connect() as connection:
+            for statement in [TABLE, *PROCEDURES[database.kind]]:
+                connection.execute(statement)
         self.values: dict[str, str] = {
             "host": sshd.host,
             "port": str(sshd.port),
@@ -126,6 +126,11 @@ class Home:
         path = self.path / "config.xml"
         path.write_text(text, encoding="utf-8")
         path.chmod(0o600)
+
+    def line(self, text: str) -> int:
+        """The line of config.xml that first contains `text`."""
+        lines = (self.path / "config.xml").read_text(encoding="utf-8").splitlines()
+        return next(number for number, line in enumerate(lines, 1) if text in line)
 
     def known_hosts(self, text: str) -> None:
         (self.path / "ssh/known_hosts").write_text(text, encoding="ascii")

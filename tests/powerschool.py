@@ -68,7 +68,7 @@ class PowerSchool:
         self.round_trips, self.seconds = 0, 0.0
         self.logins: list[sgsync.OracleLogin] = []
         self.queries: list[str] = []
-        self.fail: Callable[[str], None] = lambda sql: None
+        self.fail: Callable[[str], None] = lambda _: None
 
     def insert(self, table: str, records: Iterable[Record]) -> None:
         marks = ", ".join("?" * len(COLUMNS[table]))
@@ -86,9 +86,7 @@ class PowerSchool:
         self.round_trips += count
         time.sleep(count * self.seconds)
 
-    def connection(
-        self, settings: sgsync.SchooLinksSettings, login: sgsync.OracleLogin
-    ) -> Connection:
+    def connection(self, _: sgsync.SchooLinksSettings, login: sgsync.OracleLogin) -> Connection:
         """What stands in for `sgsync.Oracle(settings, login)`."""
         self.logins.append(login)
         return Connection(self)
@@ -131,7 +129,7 @@ class Wire:
     """A TCP proxy on loopback in front of one server; a context manager.
 
     dsn: where to connect instead of `host:port/service`
-    round_trips: how often a client asked, counted by the changes of direction
+    round_trips: how often the server answered a client, counted by the changes of direction
     seconds: added to each round trip
     silent: True: nothing is passed on any more
     cut_after: cut a connection at this round trip of it, once
@@ -178,12 +176,13 @@ class Wire:
                     if not data:
                         return
                     if end is client and not asked:
-                        trips += 1
-                        self.round_trips += 1
                         time.sleep(self.seconds)
-                        if self.cut_after and trips >= self.cut_after:
+                        if self.cut_after and trips + 1 >= self.cut_after:
                             self.cut_after = None
                             return
+                    elif end is server and asked:
+                        trips += 1
+                        self.round_trips += 1
                     asked = end is client
                     if not self.silent:
                         (server if asked else client).sendall(data)

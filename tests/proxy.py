@@ -120,7 +120,7 @@ class Proxy:
     def _silent(self, direction: str) -> bool:
         fault = self.fault
         stalled = fault is not None and fault.kind == "stall" and fault.direction == direction
-        return stalled and self.struck
+        return stalled and fault.lasting and self.struck
 
     def _allowed(self, direction: str, size: int) -> tuple[int, str]:
         """How many of `size` bytes may pass now, and what happens after them: a kind or ''."""

@@ -3,7 +3,7 @@
 `SchooLinks` runs on asyncssh in this process, for whoever runs it; its subclasses of SFTPServer
 below have the quirks of real servers. `OpenSsh` is OpenSSH's sshd with a user of its own, which
 only root can make. Both have host, port, username, password, known_hosts, key (the private half
-that the server accepts, too), `folder` (on this machine) and `path` (the same as a client sees it).
+that the server accepts, too), `files` (a folder of this machine) and `path` (it for a client).
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ class SchooLinks:
     host = "127.0.0.1"
     path = ""
 
-    def __init__(self, folder: Path, quirks: type[Recording] | None = None) -> None:
-        self.folder, self.port = folder, 0
+    def __init__(self, files: Path, quirks: type[Recording] | None = None) -> None:
+        self.files, self.port = files, 0
         self.username, self.password = "district", secrets.token_urlsafe(16)
         self.events: list[tuple[str, ...]] = []
         self.logins: list[str] = []
+        self.connections: list[asyncssh.SSHServerConnection] = []
         self.quirks = quirks or Recording
         for name in DIRECTORIES:
-            (folder / name).mkdir(parents=True)
+            (files / name).mkdir(parents=True)
         self._host_key = asyncssh.generate_private_key("ssh-ed25519")
         self._client_key = asyncssh.generate_private_key("ssh-ed25519")
         self.key = self._client_key.export_private_key().decode("ascii")
@@ -66,9 +67,16 @@ class SchooLinks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._loop.call_soon_threadsafe(self._acceptor.close)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
+
+    async def _end(self) -> None:
+        self._acceptor.close()
+        for connection in self.connections:
+            connection.abort()
+            await connection.wait_closed()
 
     async def _listen(self) -> asyncssh.SSHAcceptor:
         return await asyncssh.listen(
@@ -87,6 +95,9 @@ class _Login(asyncssh.SSHServer):
     def __init__(self, server: SchooLinks) -> None:
         self._server = server
 
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._server.connections.append(conn)
+
     def password_auth_supported(self) -> bool:
         return True
 
@@ -103,7 +114,7 @@ class Recording(asyncssh.SFTPServer):
     """No quirk: a server that renames over an existing file."""
 
     def __init__(self, channel: asyncssh.SSHServerChannel, server: SchooLinks) -> None:
-        super().__init__(channel, chroot=os.fsencode(server.folder))
+        super().__init__(channel, chroot=os.fsencode(server.files))
         self.server = server
 
     def note(self, *event: str | bytes) -> None:
@@ -130,14 +141,14 @@ class Recording(asyncssh.SFTPServer):
 class OldRename(Recording):
     """Knows only the old rename, which refuses to replace a file."""
 
-    def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
+    def posix_rename(self, *_: bytes) -> None:
         raise asyncssh.SFTPOpUnsupported("unsupported")
 
 
 class NoRename(OldRename):
     """Nothing may be renamed."""
 
-    def rename(self, oldpath: bytes, newpath: bytes) -> None:
+    def rename(self, *_: bytes) -> None:
         raise asyncssh.SFTPPermissionDenied("no renaming here")
 
 
@@ -180,7 +191,7 @@ class OpenSsh(servers.Sshd):
         super().__init__()
         self.username, self.password = f"sgsync{secrets.token_hex(4)}", secrets.token_urlsafe(16)
         self.key = self.keys["ed25519"].read_text()
-        self.folder, self.path = self.root, self.root.as_posix()
+        self.files, self.path = self.root, self.root.as_posix()
         subprocess.run(
             ["useradd", "--no-create-home", "--no-user-group", "--shell", "/bin/sh", self.username],
             check=True,

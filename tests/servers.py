@@ -17,7 +17,6 @@ import atexit
 import configparser
 import contextlib
 import os
-import pwd
 import re
 import secrets
 import shutil
@@ -31,6 +30,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
+
+with contextlib.suppress(ImportError):  # Windows has none, and none of these servers
+    import pwd
 
 if TYPE_CHECKING:
     import pyodbc
@@ -509,7 +511,7 @@ class Postgres(Server):
             )
 
     def _ready(self) -> bool:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, IndexError):  # no file, or nothing in it yet
             lines = (self._data / "postmaster.pid").read_text().split()
             return (
                 self._process is not None

@@ -55,8 +55,8 @@ def run(
 
 def csv_files(folder: Path) -> tuple[Path, Path]:
     a, b = folder / "a.csv", folder / "b.csv"
-    a.write_text("id,name\r\n1,Ana\r\n2,Lee\r\n", encoding="utf-8")
-    b.write_text("id,name\r\n2,Leo\r\n3,Max\r\n", encoding="utf-8")
+    a.write_bytes(b"id,name\r\n1,Ana\r\n2,Lee\r\n")
+    b.write_bytes(b"id,name\r\n2,Leo\r\n3,Max\r\n")
     return a, b
 
 
@@ -287,16 +287,17 @@ def test_main_json_prints_the_summary_of_a_diff(
     out = tmp_path / "out.csv"
     argv = ["diff", str(a), str(b), "--key", "id", "--json"]
     assert sgsync.main([*argv, "--output", str(out)]) == 0
-    assert json.loads(capsys.readouterr().out) == {
+    summary = json.loads(capsys.readouterr().out)
+    (file,) = summary.pop("files")
+    assert summary == {
         "command": "diff",
         "version": sgsync.__version__,
         "outcome": "complete",
         "exit_code": 0,
         "message": "1 to insert, 1 to update, 1 to delete",
-        "files": [
-            {"file": "a.csv", "rows": 2, "database_rows": 2, "insert": 1, "update": 1, "delete": 1}
-        ],
     }
+    counts = {"rows": 2, "database_rows": 2, "insert": 1, "update": 1, "delete": 1}
+    assert file == file | {"file": "a.csv"} | counts
     assert out.read_bytes().decode() == CHANGES
     assert sgsync.main(argv) == 2
     told, errors = capsys.readouterr()
@@ -421,7 +422,7 @@ def test_main_ends_with_a_table_and_a_sentence_on_a_terminal(ready: homes.Home) 
         sentence,
     )
     for stage in ("download", "export iep.csv", "diff iep.csv", "apply iep.csv", "push"):
-        assert re.search(rf"^{stage} +━+ 100%", told, re.M), stage
+        assert re.search(rf"{stage} +━+ 100%", told), stage
     assert re.search(LOG_LINE, told) is None
 
 

@@ -883,7 +883,14 @@ def test_load_config_reads_the_template_once_it_is_filled(
 def test_load_config_tells_what_is_to_be_filled_in_the_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SIS_DB_USER", "sgsync")
     monkeypatch.delenv("SIS_DB_PASSWORD", raising=False)
+    unset = (
+        r"config.xml:\d+: <Database connectionString>: the environment variable SIS_DB_PASSWORD is "
+        r"not set\nTry: set it for the account that runs sgsync, and start sgsync anew"
+    )
+    assert len(re.findall(unset, error(tmp_path, TEMPLATE.read_bytes()))) == 1
+    monkeypatch.setenv("SIS_DB_PASSWORD", "swordfish")
     told = error(tmp_path, TEMPLATE.read_bytes())
     lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
     places = re.findall(

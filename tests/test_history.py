@@ -1,0 +1,407 @@
+"""What a run leaves on this machine: its folder, its lock, old runs, and a disk that refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import homes
+import sgsync
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
+ROWS = [("1001", "2026-01-05", "LOCKED", "Ann"), ("1002", "2026-01-06", "LOCKED", "Bob")]
+SPACE = (
+    "Try: see that the disk has space left and that the account which runs sgsync may write to "
+    "this folder"
+)
+
+
+@pytest.fixture
+def home(sqlite_home: homes.Home) -> homes.Home:
+    """A home with an extract of two rows; where nothing stops it, a run exits with 0."""
+    sqlite_home.extract(ROWS)
+    return sqlite_home
+
+
+def child(home: homes.Home, program: str) -> subprocess.Popen[str]:
+    """A process that has `sgsync`, `home` and `run`; it prints a line when it is ready."""
+    start = (
+        "import sys, time, pathlib, sgsync\n"
+        f"home = pathlib.Path({str(home.path)!r})\n"
+        "run = sgsync.Run(home / 'history', 'sync')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", start + program],
+        cwd=homes.SCRIPT.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+LOCKED = "with sgsync.only_run(run, 'sync'):\n    print('ready', flush=True)\n    time.sleep(60)"
+
+
+# ------------------------------------------------------------------ the folder
+
+
+def test_run_leaves_the_folder_that_the_design_names(home: homes.Home) -> None:
+    home.configure(upload='<SQL file="open_records.csv">SELECT 1 AS "one"</SQL>')
+    before = time.strftime("%Y%m%d-%H%M%S")
+    assert home.main() == 0
+    assert before <= home.run.name <= time.strftime("%Y%m%d-%H%M%S")
+    left = {path.relative_to(home.run).as_posix(): path for path in home.run.rglob("*")}
+    assert sorted(left) == [
+        "COMPLETE", "diff", "diff/iep.csv", "ia", "ia/iep.csv", "ic", "ic/iep.csv",
+        "open_records.csv", "sgi_log.txt", "summary.json",
+    ]  # fmt: skip
+    assert (home.run / "COMPLETE").read_bytes() == b""
+    newest = max(path.stat().st_mtime_ns for name, path in left.items() if name != "sgi_log.txt")
+    assert left["COMPLETE"].stat().st_mtime_ns == newest
+    assert sorted(path.name for path in home.run.parent.iterdir()) == [home.run.name, "sync.lock"]
+
+
+def test_run_leaves_nothing_to_other_accounts(home: homes.Home) -> None:
+    os.umask(0o022)
+    assert home.main() == 0
+    for path in [home.path / "history", *(home.path / "history").rglob("*")]:
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+    assert os.umask(0o022) == 0o022  # as it was
+
+
+def test_run_log_tells_each_step(home: homes.Home) -> None:
+    home.configure(upload="<SQL>SELECT 1</SQL>")
+    assert home.main() == 0
+    lines = home.log.splitlines()
+    told = []
+    for line in lines:
+        found = re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) +(.*)", line)
+        assert found, line
+        told.append(found[2])
+    where = f"127.0.0.1:{home.sshd.port}"
+    login = f"{where}: logged in as {home.sshd.username}"
+    assert told[0] == f"sgsync {sgsync.__version__} sync, run {home.run.name}"
+    # the two sides are fetched at the same time
+    assert sorted(told[1:5]) == sorted(
+        [
+            login,
+            "downloaded 1 file of epoch 20260101-139029",
+            "database: connected to SQLite",
+            "exported iep.csv: 0 rows",
+        ]
+    )
+    assert told[5:-1] == [
+        "iep.csv: 2 rows, of them 2 to insert, 0 to update, 0 to delete",
+        "iep.csv: applied",
+        f"statement 1 of <Upload> (config.xml:{home.line('<SQL>')}): done",
+        login,
+        f"pushed 5 files to {home.sftp_root.as_posix()}/upload/{home.run.name}",
+    ]
+    assert re.fullmatch(
+        r"complete: 2 rows inserted, 0 rows updated, 0 rows deleted "
+        rf"\(\d+\.\d s, run {home.run.name}\)",
+        told[-1],
+    )
+
+
+def test_run_summary_tells_the_outcome(home: homes.Home) -> None:
+    home.sis([("1001", "2026-01-05", "OPEN", "Ann"), ("1009", "2026-01-05", "OPEN", "Zed")])
+    home.configure(upload='<SQL file="open_records.csv">SELECT 1 AS "one"</SQL>')
+    assert home.main() == 0
+    summary = home.summary
+    line = summary["files"][0]
+    for times in (summary, line):
+        assert times.pop("seconds") > 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", summary.pop("started"))
+    expected = {
+        "command": "sync",
+        "version": sgsync.__version__,
+        "epoch": home.run.name,
+        "outcome": "complete",
+        "exit_code": 0,
+        "message": "1 row inserted, 1 row updated, 1 row deleted",
+        "source_epoch": "20260101-139029",
+        "statement_files": {"open_records.csv": 1},
+    }
+    assert {name: summary[name] for name in expected} == expected
+    expected = {"file": "iep.csv", "rows": 2, "database_rows": 2, "failed": 0}
+    expected |= {"insert": 1, "update": 1, "delete": 1}
+    assert {name: line[name] for name in expected} == expected
+
+
+def test_run_that_fails_leaves_its_reason(home: homes.Home) -> None:
+    (home.path / "config.xml").unlink()
+    message = home.failed(2)
+    assert message == (
+        f"{home.path}/config.xml: cannot be read: No such file or directory\n"
+        "Try: give the folder that holds config.xml with --home, or the file with --config"
+    )
+    assert sorted(path.name for path in home.run.iterdir()) == ["sgi_log.txt", "summary.json"]
+    assert home.summary["outcome"] == "failed"
+
+
+def test_run_of_an_unexpected_error_leaves_its_traceback(
+    home: homes.Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("what\nnobody foresaw")
+
+    monkeypatch.setattr(sgsync, "diff_files", broken)
+    assert home.refused(1) == (
+        "unexpected error: ZeroDivisionError: what nobody foresaw\n"
+        "Try: send sgi_log.txt of this run to whoever maintains sgsync"
+    )
+    assert "    Traceback (most recent call last):\n" in home.log
+
+
+def test_two_runs_in_one_second_have_two_folders(tmp_path: Path) -> None:
+    names = [sgsync.Run(tmp_path / "history", "sync").epoch for _ in range(2)]
+    assert names[0] < names[1]
+    assert all(sgsync.EPOCH.fullmatch(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_epoch"),
+    [
+        ("20260101-139029", True),
+        ("20260101-13902", False),
+        ("20260101-1390290", False),
+        ("20260101-139029\n", False),
+        ("20260101_139029", False),
+        ("٢٠٢٦٠١٠١-١٣٩٠٢٩", False),
+    ],
+)
+def test_epoch_is_a_form_and_not_a_time(name: str, is_epoch: bool) -> None:
+    assert bool(sgsync.EPOCH.fullmatch(name)) is is_epoch
+
+
+# ------------------------------------------------------------------ one at a time
+
+
+def test_second_run_says_who_has_the_lock(home: homes.Home) -> None:
+    process = child(home, LOCKED)
+    holder = json.loads((home.path / "history/sync.lock.json").read_text())
+    try:
+        message = home.refused(7)
+    finally:
+        process.kill()
+        process.communicate()
+    assert message == (
+        f"another sync run is active in this home: process {process.pid}, since "
+        f"{holder['since']} (run {home.runs()[0].name}); nothing was done\n"
+        "Try: wait for it to end; if it hangs, end that process: its lock goes with it"
+    )
+    assert home.summary["outcome"] == "busy"
+    assert not (home.run / "ia").exists()
+    # a process that dies leaves its lock free, whatever it left on the disk
+    assert (home.path / "history/sync.lock.json").exists()
+    assert home.main() == 0
+    assert not (home.path / "history/sync.lock.json").exists()
+
+
+def test_second_run_does_not_need_to_know_who_has_the_lock(home: homes.Home) -> None:
+    process = child(home, LOCKED)
+    (home.path / "history/sync.lock.json").write_text("{")
+    try:
+        assert home.refused(7).startswith(
+            "another sync run is active in this home: a process that is just starting; "
+        )
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_lock_is_free_after_a_failure(home: homes.Home) -> None:
+    home.configure(query="nonsense")
+    assert home.main() == 4
+    home.configure(query=homes.QUERY.format(order="1"))
+    assert home.main() == 0
+
+
+# ------------------------------------------------------------------ old runs
+
+
+def make_runs(history: Path, *names: str) -> None:
+    for name in names:
+        (history / name / "ia").mkdir(parents=True)
+        (history / name / "ia/iep.csv").write_text("x")
+
+
+def test_prune_keeps_the_newest_runs(home: homes.Home) -> None:
+    history = home.path / "history"
+    make_runs(history, *(f"2020010{day}-000000" for day in range(1, 6)))
+    home.configure(history='<History keepRuns="3"/>')
+    assert home.main() == 0
+    assert [path.name for path in home.runs()] == [
+        "20200104-000000", "20200105-000000", home.run.name,
+    ]  # fmt: skip
+    assert "deleted 3 runs older than the newest 3" in home.log
+
+
+def test_prune_comes_only_after_success(home: homes.Home) -> None:
+    make_runs(home.path / "history", "20200101-000000")
+    home.configure(history='<History keepRuns="1"/>', query="nonsense")
+    home.failed(4)
+    assert [path.name for path in home.runs()] == ["20200101-000000", home.run.name]
+
+
+def test_prune_takes_epochs_and_nothing_else(tmp_path: Path) -> None:
+    history, elsewhere = tmp_path / "history", tmp_path / "elsewhere"
+    make_runs(history, "20200101-000000", "20200102-000000", "20200103-000000")
+    make_runs(tmp_path, "elsewhere")
+    others = ["20190101-000000.old", "2019", "notes", "schoolinks", "20190101-00000x"]
+    make_runs(history, *others)
+    (history / "20190102-000000").write_text("a file")
+    (history / "20190103-000000").symlink_to(elsewhere)
+    (history / "20200101-000000/link").symlink_to(elsewhere)
+    assert sgsync.prune(history, 1, history / "20200103-000000") == 2
+    assert sorted(path.name for path in history.iterdir()) == sorted(
+        [*others, "20190102-000000", "20190103-000000", "20200103-000000"]
+    )
+    assert (elsewhere / "ia/iep.csv").read_text() == "x"
+
+
+def test_prune_never_takes_the_current_run(tmp_path: Path) -> None:
+    """The clock was set back, and the runs of before seem to be newer."""
+    make_runs(tmp_path, "20200101-000000", "20990101-000000", "20990102-000000")
+    assert sgsync.prune(tmp_path, 1, tmp_path / "20200101-000000") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["20200101-000000"]
+
+
+def test_prune_goes_on_where_a_run_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_runs(tmp_path, "20200101-000000", "20200102-000000", "20200103-000000")
+    rmtree = sgsync.shutil.rmtree
+
+    def refuse(path: Path, *args: Any) -> None:
+        if path.name == "20200102-000000":
+            raise PermissionError(13, "Permission denied")
+        rmtree(path, *args)
+
+    monkeypatch.setattr(sgsync.shutil, "rmtree", refuse)
+    monkeypatch.setattr(sgsync.log, "propagate", True)
+    assert sgsync.prune(tmp_path, 1, tmp_path / "20200103-000000") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "20200102-000000", "20200103-000000",
+    ]  # fmt: skip
+    assert caplog.messages == [
+        f"{tmp_path}/20200102-000000: an old run cannot be deleted: Permission denied"
+    ]
+
+
+# ------------------------------------------------------------------ a disk that refuses
+
+
+def limited(home: homes.Home, size: int) -> subprocess.CompletedProcess[str]:
+    """A run that cannot write a file of more than `size` bytes, as on a disk that is full."""
+    return subprocess.run(
+        [sys.executable, str(homes.SCRIPT), "--home", str(home.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+LONG = [(f"{n:05}", "2026-01-05", "LOCKED", "x" * 90) for n in range(500)]
+
+
+@pytest.mark.parametrize(
+    ("source", "database", "place"),
+    [
+        pytest.param(LONG, ROWS, "ia/iep.csv", id="download"),
+        pytest.param(ROWS, LONG, "ic/iep.csv", id="export"),
+        pytest.param(LONG[:250], [], "diff/iep.csv", id="diff"),
+    ],
+)
+def test_run_on_a_full_disk_writes_nothing(
+    home: homes.Home, source: list[homes.Row], database: list[homes.Row], place: str
+) -> None:
+    home.extract(source)
+    home.sis(database)
+    before = home.sis_rows()
+    done = limited(home, 32_768)
+    message = f"{home.run}/{place}: File too large\n{SPACE}"
+    assert done.returncode == 1
+    assert message.replace("\n", "\n    ") in done.stderr
+    assert message.replace("\n", "\n    ") in home.log
+    assert home.summary["message"] == message
+    assert home.sis_rows() == before
+    assert not [*home.path.rglob("*.part"), *home.path.rglob("COMPLETE")]
+    assert not list((home.sftp_root / "upload").iterdir())
+
+
+def test_run_on_a_disk_that_takes_nothing_at_all_still_ends_in_order(home: homes.Home) -> None:
+    """Not even its log can be written; the console is told."""
+    done = limited(home, 0)
+    assert done.returncode == 1
+    assert re.search(rf"/history/[\d-]+/\S+: File too large\n    {SPACE}", done.stderr)
+    assert home.sis_rows() == []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="there is no /sys")
+def test_run_needs_a_history_to_write_to(home: homes.Home) -> None:
+    """/sys takes no new folder, not even from root."""
+    (home.path / "history").symlink_to("/sys/kernel")
+    done = home.process()
+    assert done.returncode == 1
+    found = re.search(rf"{home.path}/history: (.*)\n    {SPACE}\n", done.stderr)
+    assert found
+    assert found[1] in ("Operation not permitted", "Permission denied", "Read-only file system")
+    assert home.sis_rows() == []
+
+
+def test_run_needs_a_history_that_is_a_folder(home: homes.Home) -> None:
+    (home.path / "history").write_text("a file")
+    done = home.process()
+    assert done.returncode == 1
+    assert f"{home.path}/history: File exists\n    {SPACE}\n" in done.stderr
+
+
+# ------------------------------------------------------------------ a run that is killed
+
+
+def test_run_that_is_killed_leaves_a_home_that_works(postgres_home: homes.Home) -> None:
+    """In the middle of its calls, as by a power cut; the next run goes on from what is there."""
+    home = postgres_home
+    home.configure(database='batchSize="1"')
+    home.database.execute("CREATE SEQUENCE calls")
+    home.database.execute(
+        "CREATE OR REPLACE PROCEDURE sg_iep_upsert(n text, d text, s text, m text) "
+        "LANGUAGE plpgsql AS $$ BEGIN INSERT INTO iep VALUES (n, d, s, m) ON CONFLICT DO NOTHING; "
+        "IF nextval('calls') = 2 THEN PERFORM pg_sleep(60); END IF; END $$"
+    )
+    home.extract(ROWS)
+    process = subprocess.Popen(
+        [sys.executable, str(homes.SCRIPT), "--quiet", "--home", str(home.path)]
+    )
+    sleeping = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep' "
+        "AND pid <> pg_backend_pid()"
+    )
+    while not home.database.rows(sleeping.replace("pg_terminate_backend(pid)", "pid")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    home.database.rows(sleeping)
+    assert home.sis_rows() == ROWS[:1]
+    assert not (home.run / "COMPLETE").exists()
+    assert home.main() == 0
+    assert home.sis_rows() == ROWS
+    assert len(home.runs()) == 2
