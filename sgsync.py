@@ -9,6 +9,10 @@
 the database, compares the sorted files, calls a stored procedure for each row that differs, runs
 the final SQL statements and pushes the run's folder back.  `sgsync.py diff` compares two files.
 
+    PowerSchool --Oracle--> attendance, GPA, tags --SFTP--> SchooLinks
+
+`sgsync.py schoolinks` makes SchooLinks' files of the students in PowerSchool and uploads them.
+
 Everything that a run sees, decides and does is kept in `history/<epoch>/`.  Nothing is written to
 the database before both sides are complete, checked and compared.
 
@@ -17,7 +21,7 @@ Exit codes: 0 success, 1 unexpected error, 2 configuration or usage, 3 SFTP tran
 130 interrupted.
 
 The file reads in the order in which data flows, callees above callers; each section opens with a
-banner that names its entry point.  Start reading at `run_sync`.
+banner that names its entry point.  Start reading at `run_sync` or `run_schoolinks`.
 """
 
 from __future__ import annotations
@@ -152,8 +156,17 @@ class CancelledError(Error):
 ROWS_FAILED = 8
 INTERRUPTED = 130
 
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-_CONTROL |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+def printable(text: str) -> str:
+    """Every character that is not seen, or steers how others are seen, as an escape."""
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def one_line(text: object) -> str:
@@ -162,7 +175,7 @@ def one_line(text: object) -> str:
     Control characters are shown, not obeyed, so that no value can forge a line of the log or
     steer a terminal.
     """
-    return " ".join(str(text).replace("\r", "\n").split("\n")).translate(_CONTROL).strip()
+    return printable(str(text).replace("\r", " ").replace("\n", " ").strip())
 
 
 def shortened(text: str, length: int = 60) -> str:
@@ -455,7 +468,7 @@ class SqlDiff:
     max_updates: Limit | None = attribute(_limit, None)
     query: str = ""
     calls: dict[str, Call] = dataclasses.field(default_factory=dict)  # operation -> Call
-    line: int = 0
+    where: str = ""  # file and line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -464,7 +477,7 @@ class Statement:
 
     file: str | None = attribute(_csv_name, None)
     sql: str = ""
-    line: int = 0
+    where: str = ""  # file and line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -717,6 +730,9 @@ class _ConfigReader:
                 break
         return self._line_at(begin)
 
+    def _where(self, element: etree._Element) -> str:
+        return f"{self.path.name}:{self._line_of(element, '')}"
+
     def _end_of_tag(self, element: etree._Element) -> int:
         """The offset of the end of the line on which a start tag ends."""
         line = cast("int", element.sourceline or 1)
@@ -882,7 +898,7 @@ class _ConfigReader:
                 calls[child.tag.lower()] = self._call(child)
         if not query:
             self._fail(element, "", "has no <Query> with SQL in it", "add the query to export")
-        made = self._instance(element, query=query, calls=calls, line=self._line_of(element, ""))
+        made = self._instance(element, query=query, calls=calls, where=self._where(element))
         return cast("SqlDiff | None", made)
 
     def _call(self, element: etree._Element) -> Call | None:
@@ -912,8 +928,7 @@ class _ConfigReader:
             sql = self._text_of(element)
             if not sql:
                 self._fail(element, "", "holds no SQL", "write the statement, or delete <SQL>")
-            line = self._line_of(element, "")
-            statements.append(self._instance(element, sql=sql, line=line))
+            statements.append(self._instance(element, sql=sql, where=self._where(element)))
         self._unique_files(upload)
         return tuple(statement for statement in statements if statement)
 
@@ -1299,7 +1314,9 @@ class Sftp:
             reason = f"no answer for {seconds:g} s"
         if isinstance(error, paramiko.AuthenticationException) and not cut_off:
             remedy = f"see that the public half of {self.settings.private_key} is stored for "
-            remedy += "this user at the server (SameGoal takes up to 60 minutes for a new key)"
+            remedy += "this user at the server"
+            if self.settings.operator == "SameGoal":
+                remedy += " (SameGoal takes up to 60 minutes for a new key)"
             if self.settings.password:
                 remedy = "see that SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD are right"
             return TransferError(
@@ -1734,6 +1751,7 @@ class Database:
         sqlstate = str(error.args[0]) if error.args else ""
         text = driver_message(str(error.args[-1]) if error.args else "")
         lost = sqlstate in _LOST or (sqlstate == "HY000" and _LOST_TEXT.search(text) is not None)
+        lost = lost or "login timeout" in text.lower()  # so SQL Server's driver, with HYT00
         lost = lost and not _REFUSED_TEXT.search(text)
         if lost:
             self._drop_connection()
@@ -1758,7 +1776,7 @@ _LOST_TEXT = re.compile(
     r"|terminating connection|server has gone away"
 )
 _REFUSED_TEXT = re.compile(  # PostgreSQL's driver has no SQLSTATE of its own for these.
-    r"(?i)authentication failed|login failed|no pg_hba.conf entry"
+    r"(?i)authentication failed|login failed|no pg_hba.conf entry|certificate"
     r"|FATAL: .*(?:does not exist|not permitted|permission denied)"
 )
 
@@ -1777,6 +1795,11 @@ def _database_remedy(sqlstate: str, text: str) -> str:
     """What a technician can do, by SQLSTATE (ISO/IEC 9075, and each product's own)."""
     import pyodbc
 
+    if "certificate" in text.lower():
+        return (
+            "let this machine trust the authority that signed the server's certificate, or add "
+            "TrustServerCertificate=yes to connectionString"
+        )
     if sqlstate in ("28000", "28P01") or _REFUSED_TEXT.search(text):
         return "see that user, password and database in connectionString are right"
     if sqlstate == "IM002" or "Can't open lib" in text or "file not found" in text:
@@ -2538,7 +2561,7 @@ def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, ti
 
 def export(database: Database, diff: SqlDiff, path: Path, tick: Tick) -> int:
     """Stream the rows of a SQLDiff's query into a CSV file; returns how many."""
-    subject = f"{path.parent.name}/{path.name}: the query (config.xml:{diff.line})"
+    subject = f"{path.parent.name}/{path.name}: the query ({diff.where})"
     try:
         return write_query(database, subject, diff.query, path, tick, diff.date_format)
     finally:
@@ -2949,7 +2972,7 @@ def check_parameters(spec: SqlDiff, columns: Row) -> None:
         for name in call.parameters or ():
             if name not in columns:
                 raise ConfigError(
-                    f"config.xml:{spec.line}: <{operation.title()}> of {spec.file}: parameters= "
+                    f"{spec.where}: <{operation.title()}> of {spec.file}: parameters= "
                     f"names '{name}', which is no column of the file",
                     f"the columns are {', '.join(map(one_line, columns))}",
                 )
@@ -3129,7 +3152,7 @@ def run_statements(
     made: dict[str, int] = {}
     retried(database.revive)
     for number, statement in enumerate(statements, 1):
-        subject = f"statement {number} of <Upload> (config.xml:{statement.line})"
+        subject = f"statement {number} of <Upload> ({statement.where})"
         if statement.file:
             subject = f"{subject}, {statement.file}"
         work = functools.partial(_run_statement, database, statement, subject, folder, tick)
@@ -3408,7 +3431,7 @@ _PASSING = {"DPY-4011", "DPY-6005", "ORA-12541", "ORA-03113", "ORA-03114", "ORA-
 def oracle_error(subject: str, error: Exception) -> DatabaseError:
     """A driver's error in one line, with advice for the last code in it that has some."""
     if isinstance(error, OSError):  # a host whose name nobody knows
-        remedy = "see whether the host in POWERSCHOOL_PROD_DB is right and the name server answers"
+        remedy = ORACLE_ADVICE["ORA-12541"]
         return DatabaseError(f"{subject}: {one_line(error)}", remedy, transient=True)
     lines = [line for line in str(error).split("\n") if not line.startswith("Help: ")]
     text = re.sub(r" \(CONNECTION_ID=[^)]*\)", "", one_line("\n".join(lines)))
@@ -3624,8 +3647,6 @@ def tags_section(
             if same_value(value, tag.equals):
                 rows.setdefault(tag.name, (number, tag.name, tag.detailed_name, tag.description))
         section.rows += rows.values()
-        if not rows:
-            section.skip(number, "no tag")
     return section
 
 
@@ -3708,6 +3729,8 @@ def check_shrink(
     for section in sections:
         rows, last = len(section.rows), last_upload(history, section.name)
         old_rows, lost = losses(section, last[1]) if last else (0, "")
+        if not last:
+            log.info("%s: no earlier upload in history to compare with", section.file)
         if not rows:
             reasons.append(f"{section.file}: has no rows" + (f": {lost}" if lost else ""))
         elif last and not max_shrink.allows(old_rows - rows, old_rows):
@@ -3722,7 +3745,7 @@ def check_shrink(
             "again with --force",
         )
     for reason in reasons:
-        log.warning("%s; uploaded all the same: --force", reason)
+        log.warning("%s; --force lets it pass", reason)
 
 
 def upload_sections(
@@ -3877,7 +3900,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run]:
         raise
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # of a disk that is full
+            handler.close()
 
 
 @contextlib.contextmanager
@@ -4041,7 +4065,7 @@ def diff_files(config: Config, run: Run, display: Display) -> list[tuple[SqlDiff
             there = ", ".join(sorted(p.name for p in (run.folder / "ia").iterdir())) or "none"
             raise DataError(
                 f"ia/{spec.file}: SameGoal's extract {run.summary['source_epoch']} has no such "
-                f"file (config.xml:{spec.line}); it has: {there}",
+                f"file ({spec.where}); it has: {there}",
                 "correct file= of that <SQLDiff>, or ask SameGoal to export the file",
             )
         changes = run.folder / "diff" / spec.file
@@ -4276,7 +4300,7 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         lines = redact(super().format(record)).split("\n")
-        return "\n    ".join(line.translate(_CONTROL) for line in lines)
+        return "\n    ".join(map(printable, lines))
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -4508,16 +4532,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # argparse has said why
         return int(error.code or 0)
     with _console_log(options), _signals():
+        code = 1
         try:
             code = _run_command(options)
             if options.json and sys.stdout is not None:
                 import json
 
                 print(json.dumps(options.summary), flush=True)
-            return code
         except BrokenPipeError:  # whoever read our output has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        return code
 
 
 def _run_command(options: argparse.Namespace) -> int:
@@ -4529,7 +4553,11 @@ def _run_command(options: argparse.Namespace) -> int:
         log.error("%s", describe(error))
         log.debug("", exc_info=True)
         code = exit_code_of(error)
-        failed = {"outcome": outcome_of(error), "exit_code": code, "message": describe(error)}
+        failed = {
+            "outcome": outcome_of(error),
+            "exit_code": code,
+            "message": redact(describe(error)),
+        }
         options.summary = failed | options.summary  # A run has told more of itself already.
         return code
 

@@ -4,7 +4,7 @@ Programs that are compared run in turn, A B A B, each from start to exit; a figu
 ratio one of medians. Each pair's results are compared first: only equal work counts. Nothing fails
 here for being slow: times belong to a machine.
 
-    bench.py [--quick] [--only diff,large,help,calls,sftp]
+    bench.py [--quick] [--only diff,large,help,calls,sftp,schoolinks]
 
 The data is made in build/bench, the same each time.
 """
@@ -593,6 +593,20 @@ def download_by_openssh(sshd: servers.Sshd, epoch: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
+# ------------------------------------------------------------------ SchooLinks
+
+
+def bench_schoolinks(quick: bool) -> Iterator[Figure]:
+    import bench_schoolinks
+
+    say("SchooLinks' queries, against two for each student")
+    try:
+        for line in bench_schoolinks.lines(quick):
+            yield Figure(*line)
+    except bench_schoolinks.DifferentResultError as error:
+        raise BenchError(str(error)) from error
+
+
 # ------------------------------------------------------------------ main
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Figure]]] = {
@@ -601,6 +615,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Figure]]] = {
     "help": bench_help,
     "calls": bench_calls,
     "sftp": bench_sftp,
+    "schoolinks": bench_schoolinks,
 }
 
 

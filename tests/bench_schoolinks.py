@@ -37,13 +37,13 @@ FILL = [
     "INSERT INTO students SELECT 100000 + a.n * 100 + b.n, a.n * 100 + b.n, a.n * 100 + b.n, 70, "
     "0, 9, 100, NULL FROM bench_numbers a CROSS JOIN bench_numbers b "
     "WHERE b.n < 100 AND a.n < :hundreds",
-    "INSERT INTO ps_adaadm_daily_ctod SELECT s.id, s.fteid, d.at, "
+    "INSERT INTO ps_adaadm_daily_ctod SELECT s.id, s.fteid, d.bench_day, "
     "CASE WHEN MOD(s.id + d.n, 11) = 0 THEN NULL WHEN MOD(s.id + d.n, 7) = 0 THEN 0.5 ELSE 1 END, "
     "1 FROM students s CROSS JOIN bench_numbers d WHERE MOD(s.id, 50) > 0",
     "CREATE INDEX bench_student ON ps_adaadm_daily_ctod (studentid)",
     "INSERT INTO u_def_ext_students0 SELECT dcid, 2.5, 3.25 FROM students WHERE MOD(id, 3) > 0",
 ]
-NUMBERS = [{"n": n, "at": FIRST_DAY + datetime.timedelta(n)} for n in range(DAYS)]
+NUMBERS = [{"n": n, "bench_day": FIRST_DAY + datetime.timedelta(n)} for n in range(DAYS)]
 
 
 def settings() -> sgsync.SchooLinksSettings:
@@ -88,9 +88,9 @@ class Embedded:
     def __init__(self, students: int) -> None:
         self.powerschool = powerschool.PowerSchool()
         execute = self.powerschool.execute
-        execute("CREATE TABLE bench_numbers (n INTEGER, at DATE)")
+        execute("CREATE TABLE bench_numbers (n INTEGER, bench_day DATE)")
         for number in NUMBERS:
-            execute("INSERT INTO bench_numbers VALUES (:n, :at)", number)
+            execute("INSERT INTO bench_numbers VALUES (:n, :bench_day)", number)
         for statement in FILL:
             execute(statement, {"hundreds": students // 100})
 
@@ -132,11 +132,11 @@ class Oracle:
         self.admin = oracledb.connect(user=self.user, password=self.password, dsn=self.dsn)
         try:
             with self.admin.cursor() as cursor:
-                tables = powerschool.TABLES | {"bench_numbers": "n NUMBER(10), at DATE"}
+                tables = powerschool.TABLES | {"bench_numbers": "n NUMBER(10), bench_day DATE"}
                 for table, columns in tables.items():
                     cursor.execute(f"CREATE TABLE {table} ({columns})")
                     self.made.append(table)
-                cursor.executemany("INSERT INTO bench_numbers VALUES (:n, :at)", NUMBERS)
+                cursor.executemany("INSERT INTO bench_numbers VALUES (:n, :bench_day)", NUMBERS)
                 for statement in FILL:
                     binds = {"hundreds": students // 100} if ":hundreds" in statement else {}
                     cursor.execute(statement, binds)

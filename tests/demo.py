@@ -1,4 +1,5 @@
-"""`make demo`: three nights between SameGoal and a SIS, for real, on servers of its own.
+"""`make demo`: three nights between SameGoal and a SIS, for real, on servers of its own; then two
+of PowerSchool to SchooLinks (demo_schoolinks.py).
 
 SameGoal is an SFTP server on this machine (asyncssh), the SIS an embedded database (SQLite through
 its ODBC driver). `sgsync.py sync` runs as a process of its own, as a scheduler would start it, and
@@ -464,7 +465,18 @@ def three_nights(stage: Stage) -> list[Sight]:
     ]
 
 
-PARTS: list[Callable[[Stage], list[Sight]]] = [three_nights]
+def schoolinks(stage: Stage) -> list[Sight]:
+    """PowerSchool's rows to SchooLinks."""
+    import demo_schoolinks
+
+    say("\n\nFrom PowerSchool to SchooLinks\n")
+    try:
+        return demo_schoolinks.two_nights(stage.folder / "schoolinks", say)
+    except demo_schoolinks.SchooLinksError as error:
+        raise DemoError(str(error)) from error
+
+
+PARTS: list[Callable[[Stage], list[Sight]]] = [three_nights, schoolinks]
 
 
 def main() -> int:

@@ -35,12 +35,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import fuzz
 import homes
 import proxy
 import servers
 
+FUZZ_CONFIG, FUZZ_CSV = "fuzz config", "fuzz csv"
 KILL, CUT_SFTP, CUT_DATABASE, STALL, SLOW = "kill", "cut sftp", "cut database", "stall", "slow"
 KINDS = (KILL, CUT_SFTP, CUT_DATABASE, STALL, SLOW)
 SHARES = {KILL: 0.5, CUT_SFTP: 0.14, CUT_DATABASE: 0.14, STALL: 0.14, SLOW: 0.08}
@@ -451,9 +453,7 @@ def _kill(how: str, share: float, measured: Measure, chance: random.Random) -> P
     return Point(KILL, how, share, number, side)
 
 
-def _byte(
-    share: float, side: int, direction: str, measured: Measure, chance: random.Random
-) -> int:
+def _byte(share: float, side: int, direction: str, measured: Measure, chance: random.Random) -> int:
     """A byte of a run: each stretch between two lines of the log has the same share of them."""
     marks = sorted(set(measured.marks[side, direction]))
     position = share * (len(marks) - 1)
@@ -616,22 +616,34 @@ def table(lines: Sequence[Sequence[object]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Faults, as a table.")
     parser.add_argument("--points", type=int, default=440, help="kills and cuts")
+    parser.add_argument("--inputs", type=int, default=20_000, help="broken files")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default=",".join(KINDS), help="kinds, by commas")
+    parser.add_argument("--only", default=",".join((*KINDS, FUZZ_CONFIG, FUZZ_CSV)))
     parser.add_argument("--verbose", action="store_true", help="a line for each point")
     options = parser.parse_args()
     only = options.only.split(",")
     began = time.monotonic()
     problems: list[str] = []
 
+    def tell(problem: str) -> None:
+        problems.append(problem)
+        print(problem, file=sys.stderr, flush=True)
+
     def told(outcome: Outcome) -> None:
         if options.verbose:
             print(outcome, file=sys.stderr, flush=True)
         if problem := problem_of(outcome):
-            problems.append(problem)
-            print(problem, file=sys.stderr, flush=True)
+            tell(problem)
 
+    broken: list[tuple[object, ...]] = []
+    for kind, share in ((FUZZ_CONFIG, 0.4), (FUZZ_CSV, 0.6)):  # first: they fork, without threads
+        if kind in only:
+            word = kind.removeprefix("fuzz ")
+            count = round(options.inputs * share)
+            tally = fuzz.fuzz_many(word, count, options.seed, options.workers, tell)
+            answers = (tally.answers, tally.errors, "-", tally.wrong, 0, tally.hung)
+            broken.append((kind, tally.inputs, *answers))
     outcomes: list[Outcome] = []
     if counts := spread(options.points, only):
         with (
@@ -642,11 +654,17 @@ def main() -> int:
         ):
             outcomes = run_points(made, counts, options.seed, told)
     lines = [line_of(kind, [o for o in outcomes if o.point.kind == kind]) for kind in counts]
-    print(table(lines))
+    print(table([*lines, *broken]))
     stages = Counter(o.ended.stage for o in outcomes if o.point.kind == KILL)
-    print("killed in:", ", ".join(f"{stage} {count}" for stage, count in stages.most_common()))
-    print(f"{time.monotonic() - began:.0f} s, seed {options.seed}")
+    if stages:
+        print("killed in:", ", ".join(f"{stage} {n}" for stage, n in stages.most_common()))
+    verdict = f"{plural(len(problems))} wrong" if problems else "nothing lost, doubled or hung"
+    print(f"{verdict}; {time.monotonic() - began:.0f} s, seed {options.seed}")
     return 1 if problems else 0
+
+
+def plural(count: int) -> str:
+    return f"{count} point{'s' if count > 1 else ''}"
 
 
 if __name__ == "__main__":

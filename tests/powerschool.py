@@ -64,7 +64,7 @@ class PowerSchool:
     def __init__(self, path: Path | str = ":memory:") -> None:
         self.database = sqlite3.connect(path, check_same_thread=False)
         for table, columns in TABLES.items():
-            self.database.execute(f"CREATE TABLE {table} ({columns})")
+            self.database.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
         self.round_trips, self.seconds = 0, 0.0
         self.logins: list[sgsync.OracleLogin] = []
         self.queries: list[str] = []

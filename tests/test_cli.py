@@ -280,6 +280,18 @@ def test_main_json_prints_an_object_even_without_a_run(
     }
 
 
+def test_main_json_keeps_the_exit_code_when_nobody_reads_on(ready: homes.Home) -> None:
+    argv = ["--home", str(ready.path), "--json"]
+    with subprocess.Popen(
+        [sys.executable, str(homes.SCRIPT), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+        assert process.wait(60) == 0
+    assert ready.summary["outcome"] == "complete"
+
+
 def test_main_json_prints_the_summary_of_a_diff(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,8 +107,8 @@ def test_load_config_reads_every_element(tmp_path: Path) -> None:
         "delete": sgsync.Call(procedure="dbo.sg_iep_delete", parameters=("studentNumber",)),
     }
     assert config.statements == (
-        sgsync.Statement(file=None, sql="{CALL dbo.sg_cleanup}", line=20),
-        sgsync.Statement(file="open_records.csv", sql="SELECT 2", line=21),
+        sgsync.Statement(file=None, sql="{CALL dbo.sg_cleanup}", where="config.xml:20"),
+        sgsync.Statement(file="open_records.csv", sql="SELECT 2", where="config.xml:21"),
     )
     assert config.secrets == {"swordfish", "open sesame"}
 

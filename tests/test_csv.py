@@ -574,16 +574,21 @@ def test_key_show_cuts_what_is_too_long_for_a_message() -> None:
 @given(
     length=st.sampled_from([0, 1, 5, 255, 256, 257, 1279, 1280, 1281, 70_000, 200_000]),
     difference=st.integers(0, 200_000),
+    byte=st.sampled_from([b"\x01", b"\x80", b"\x7f", b"\xff"]),
     tails=st.tuples(st.binary(max_size=3), st.binary(max_size=3)),
     offsets=st.tuples(st.integers(0, 3), st.integers(0, 3)),
 )
 def test_common_prefix_finds_the_first_difference(
-    length: int, difference: int, tails: tuple[bytes, bytes], offsets: tuple[int, int]
+    length: int,
+    difference: int,
+    byte: bytes,
+    tails: tuple[bytes, bytes],
+    offsets: tuple[int, int],
 ) -> None:
     same = bytes(length)
     a, b = same + tails[0], same + tails[1]
     if difference < length:
-        b = b[:difference] + b"\x80" + b[difference + 1 :]
+        b = b[:difference] + byte + b[difference + 1 :]
     (i, j) = offsets
     a, b = b"\xfe" * i + a, b"\xfd" * j + b
     expected = 0

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyodbc
 import pytest
 
 import homes
@@ -120,6 +121,64 @@ def test_connect_names_a_missing_package(
         "Try: pip install -r requirements.txt; on Linux also install unixODBC "
         "(apt-get install unixodbc)"
     )
+
+
+MSSQL = "[Microsoft][ODBC Driver 18 for SQL Server]"
+UP = "see whether the database server is up and a firewall lets this machine reach it"
+RUN_PROCEDURES = "run procedures.sql in this database, and grant EXECUTE to the user of sgsync"
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "text", "told", "remedy", "transient"),
+    [
+        (
+            "HYT00", f"[HYT00] {MSSQL}Login timeout expired (0) (SQLDriverConnect)",
+            "Login timeout expired", UP, True,
+        ),
+        (
+            "08001", f"[08001] {MSSQL}TCP Provider: Error code 0x2749 (10057) (SQLDriverConnect)",
+            "TCP Provider: Error code 0x2749", UP, True,
+        ),
+        (
+            "28000", f"[28000] {MSSQL}[SQL Server]Login failed for user 'x'. (18456) "
+            "(SQLDriverConnect)",
+            "Login failed for user 'x'.",
+            "see that user, password and database in connectionString are right", False,
+        ),
+        (
+            "08001", f"[08001] {MSSQL}SSL Provider: [error:0A000086:SSL routines::certificate "
+            "verify failed:self-signed certificate] (-1) (SQLDriverConnect)",
+            "SSL Provider: [error:0A000086:SSL routines::certificate verify failed:self-signed "
+            "certificate]",
+            "let this machine trust the authority that signed the server's certificate, or add "
+            "TrustServerCertificate=yes to connectionString", False,
+        ),
+        (
+            "40001", f"[40001] {MSSQL}[SQL Server]Transaction (Process ID 52) was deadlocked on "
+            "lock resources with another process and has been chosen as the deadlock victim. "
+            "Rerun the transaction. (1205) (SQLExecDirectW)",
+            "Transaction (Process ID 52) was deadlocked on lock resources with another process "
+            "and has been chosen as the deadlock victim. Rerun the transaction.", "", True,
+        ),
+        (
+            "08S01", f"[08S01] {MSSQL}TCP Provider: Error code 0x68 (104) (SQLExecDirectW)",
+            "TCP Provider: Error code 0x68", UP, True,
+        ),
+        (
+            "42000", f"[42000] {MSSQL}[SQL Server]Could not find stored procedure 'dbo.p'. (2812) "
+            "(SQLExecDirectW)",
+            "Could not find stored procedure 'dbo.p'.", RUN_PROCEDURES, False,
+        ),
+        ("", "", "the driver gave no reason", "", False),
+    ],
+)  # fmt: skip
+def test_translated_tells_what_sql_server_says(
+    sqlstate: str, text: str, told: str, remedy: str, transient: bool
+) -> None:
+    """As Microsoft's driver words it, where no server of theirs is at hand."""
+    error = opened("x")._translated("subject", pyodbc.Error(sqlstate, text))
+    assert (error.message, error.remedy) == (f"subject: {told}", remedy)
+    assert (error.sqlstate, error.transient) == (sqlstate, transient)
 
 
 # ------------------------------------------------------------------ queries

@@ -11,8 +11,10 @@ import datetime
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,10 +175,9 @@ def test_connect_where_nothing_listens() -> None:
 
 def test_connect_to_a_host_that_nobody_knows() -> None:
     error = refused("ps.example.invalid:1521/PSPRODDB")
-    assert str(error).startswith("PowerSchool: cannot connect: ")
-    assert error.remedy == (
-        "see whether the host in POWERSCHOOL_PROD_DB is right and the name server answers"
-    )
+    assert error.message.startswith("PowerSchool: cannot connect: ")
+    assert f"Try: {error.remedy}" == FIREWALL
+    assert error.transient
 
 
 @pytest.mark.parametrize("dsn", ["PSPROD", "ps.example.org:PSPROD", "//", "two words"])
@@ -189,6 +190,22 @@ def test_connect_gives_up_on_a_server_that_says_nothing(monkeypatch: pytest.Monk
     with socket.create_server(("127.0.0.1", 0)) as silent:
         error = refused(f"127.0.0.1:{silent.getsockname()[1]}/PSPRODDB")
     assert str(error) == f"PowerSchool: cannot connect: no answer for 1 s\n{FIREWALL}"
+
+
+def test_connect_to_a_server_older_than_12_1() -> None:
+    def answer(listener: socket.socket) -> None:
+        client = listener.accept()[0]
+        with client:
+            client.recv(8192)
+            body = struct.pack(">HH", 312, 0) + bytes(28)  # accepted, by Oracle 10's protocol
+            client.sendall(struct.pack(">HHBBH", 8 + len(body), 0, 2, 0, 0) + body)
+            client.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        threading.Thread(target=answer, args=(old,), daemon=True).start()
+        error = refused(f"127.0.0.1:{old.getsockname()[1]}/PSPRODDB")
+    assert "DPY-3010: connections to this database server version are not supp" in error.message
+    assert error.remedy == sgsync.ORACLE_ADVICE["DPY-3010"]
 
 
 def test_connect_passes_its_time_outs_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

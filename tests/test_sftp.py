@@ -766,6 +766,22 @@ def test_download_ends_where_the_server_is_gone_for_good(
     assert tried_again(home) == RETRIES
 
 
+def test_download_takes_a_file_again_that_grows_meanwhile(
+    home: homes.Home, after_block: Callable[..., None]
+) -> None:
+    path = home.extract(files={"z.csv": "x" * 600_000}) / "z.csv"
+
+    def grow() -> None:
+        with path.open("ab") as file:
+            file.write(b"y" * 100_000)
+
+    after_block(grow, 1)
+    assert home.main() == 0
+    assert tried_again(home) == 1
+    assert f"{path}: the file goes on behind the 600,000 bytes that were announced" in home.log
+    assert (home.run / "ia/z.csv").read_bytes() == path.read_bytes()
+
+
 def test_download_never_mixes_two_epochs(home: homes.Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer extract is finished between two attempts; its files happen to be as long."""
     other = [(*row[:3], "Eve") for row in ROWS]
