@@ -4605,7 +4605,13 @@ def _console_log(options: argparse.Namespace) -> Iterator[None]:
         log.removeHandler(handler)
 
 
-class _ConsoleHandler(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # Python 3.10 cannot subscript it.
+
+
+class _ConsoleHandler(_StreamHandler):
     """Writes to what sys.stderr is at the time: a progress display replaces it while it runs."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -362,6 +362,7 @@ class Point:
     share: float = 0.0
     number: int = 0
     side: int = 0  # 0 sftp, 1 database
+    direction: str = proxy.UP
     fault: proxy.Fault | None = None
 
     def __str__(self) -> str:
@@ -378,9 +379,10 @@ class Point:
             return f"kill before operation {self.number} on files"
         return f"kill after {self.number} bytes {side} {self.direction}"
 
-    @property
-    def direction(self) -> str:
-        return proxy.UP if self.share < 0.5 else proxy.DOWN
+    def earlier(self) -> Point:
+        fault = self.fault and dataclasses.replace(self.fault, after=self.fault.after * 9 // 10)
+        number = max(1, self.number * 9 // 10)
+        return dataclasses.replace(self, share=self.share * 0.9, number=number, fault=fault)
 
     @property
     def right_code(self) -> int:
@@ -437,20 +439,21 @@ def points(kind: str, count: int, measured: Measure, chance: random.Random) -> I
             direction,
             _byte(share, side, direction, measured, chance),
             lasting=kind != SLOW and number // 2 % 2 == 1,
+            rate=chance.choice((2_000, 20_000)),
         )
         yield Point(kind, "", share, side=side, fault=fault)
 
 
 def _kill(how: str, share: float, measured: Measure, chance: random.Random) -> Point:
     side = chance.randrange(2)
-    direction = proxy.UP if share < 0.5 else proxy.DOWN
+    direction = chance.choice(proxy.DIRECTIONS)
     number = {
         "line": 1 + int(share * measured.lines),
         "file": 1 + int(share * measured.operations),
         "bytes": _byte(chance.random(), side, direction, measured, chance),
         "time": 0,
     }[how]
-    return Point(KILL, how, share, number, side)
+    return Point(KILL, how, share, number, side, direction)
 
 
 def _byte(share: float, side: int, direction: str, measured: Measure, chance: random.Random) -> int:
@@ -463,8 +466,12 @@ def _byte(share: float, side: int, direction: str, measured: Measure, chance: ra
 
 def tried(world: World, point: Point, measured: Measure) -> Outcome:
     """Do it, then run again untouched, and look."""
-    world.reset()
-    outcome = Outcome(point, _disturbed(world, point, measured))
+    while True:
+        world.reset()
+        outcome = Outcome(point, _disturbed(world, point, measured))
+        if outcome.ended.code or any(each.struck for each in world.proxies):
+            break
+        point = point.earlier()  # no two runs take the same time or send the same bytes
     outcome.hung = outcome.ended.hung
     for each in world.proxies:
         each.reset()

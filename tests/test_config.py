@@ -98,7 +98,7 @@ def test_load_config_reads_every_element(tmp_path: Path) -> None:
         "SELECT 1",
     )
     assert (diff.sort, diff.trim, diff.null_text, diff.date_format) == (False, False, None, None)
-    assert (diff.max_deletes, diff.max_updates, diff.line) == (None, None, 11)
+    assert (diff.max_deletes, diff.max_updates, diff.where) == (None, None, "config.xml:11")
     assert diff.calls == {
         "insert": sgsync.Call(procedure="dbo.sg_iep_upsert", parameters=None),
         "update": sgsync.Call(
@@ -181,7 +181,7 @@ def test_load_config_reads_encodings(
     text = ENCODED.replace("UTF-8", declared).replace("\n", newline)
     config = load(tmp_path, text.encode(encoding))
     assert config.sql_diffs[0].calls["insert"].procedure == "dbo.[Schüler]"
-    assert (config.sql_diffs[0].query, config.sql_diffs[0].line) == ("'é'", 11)
+    assert (config.sql_diffs[0].query, config.sql_diffs[0].where) == ("'é'", "config.xml:11")
     assert error(tmp_path, text.replace("sg_iep_delete", "sg iep").encode(encoding)) == (
         "config.xml:16: <Delete procedure>: 'dbo.sg iep' is not the name of a procedure, such as "
         "dbo.sg_iep_upsert\nTry: correct the value"

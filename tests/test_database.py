@@ -548,8 +548,7 @@ def test_statements_read_several_results(postgres_home: homes.Home) -> None:
     assert postgres_home.sis_rows() == []
 
 
-@pytest.mark.parametrize("what", [KILL, DEADLOCK])
-@pytest.mark.parametrize("file", ["", ' file="a.csv"'])
+@pytest.mark.parametrize(("what", "file"), [(KILL, ' file="a.csv"'), (DEADLOCK, "")])
 def test_statements_are_tried_again(postgres_home: homes.Home, what: str, file: str) -> None:
     postgres_home.extract(ROWS)
     make_once(postgres_home, what)

@@ -8,7 +8,6 @@ import time
 import pytest
 
 import homes
-import servers
 
 
 def rows(*numbers: int, status: str = "LOCKED") -> list[homes.Row]:

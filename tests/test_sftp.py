@@ -650,7 +650,7 @@ def bad_names() -> list[tuple[bytes, str, str]]:
         (b"C:iep.csv", "C:iep.csv", path),
         (b"a\nb.csv", "a b.csv", unprintable),
         (b"\x1b[2J.csv", "\\x1b[2J.csv", unprintable),
-        ("\u202evsc.csv".encode(), "\u202evsc.csv", unprintable),
+        ("\u202evsc.csv".encode(), "\\u202evsc.csv", unprintable),
         (b"con.csv", "con.csv", device),
         (b"LPT1", "LPT1", device),
         (b" iep.csv", "iep.csv", blank),
@@ -986,10 +986,26 @@ def test_push_leaves_no_complete_where_the_server_is_gone(
     assert home.sis_rows() == ROWS  # the writing was done; the next run finds nothing to do
 
 
-def test_push_wants_its_directory(home: homes.Home) -> None:
+def test_push_wants_its_directory_before_anything_is_written(home: homes.Home) -> None:
     (home.sftp_root / "upload").rmdir()
-    message = home.failed(3)
-    assert message == (
+    assert home.failed(3) == (
+        f"{where(home)}: {home.sftp_root.as_posix()}/upload: does not exist, nowhere to push to\n"
+        "Try: correct uploadDirectory on <SFTP>"
+    )
+    assert home.sis_rows() == []
+
+
+def test_push_tells_that_its_directory_is_gone(
+    home: homes.Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statements = sgsync.run_statements
+
+    def remove_first(*args: Any) -> dict[str, int]:
+        (home.sftp_root / "upload").rmdir()
+        return statements(*args)
+
+    monkeypatch.setattr(sgsync, "run_statements", remove_first)
+    assert home.failed(3) == (
         f"{uploads(home)}: cannot be made: it does not exist\n"
         "Try: correct the directory in <SFTP>, or ask for access to it"
     )
