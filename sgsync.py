@@ -837,7 +837,8 @@ class _ConfigReader:
             if len(self.errors) == before:
                 values[field.name] = field.metadata["parse"](text)
         except ValueError as error:
-            shown = f"'{shortened(raw)}' " if field.repr and raw.strip() else ""
+            plain = field.repr and raw.strip() and not _PASSWORD.search(raw)
+            shown = f"'{shortened(raw)}' " if plain else ""
             self._fail(element, name, f"{shown}{error}", "correct the value")
 
     def _expand(self, element: etree._Element, name: str, raw: str) -> str:
@@ -846,8 +847,10 @@ class _ConfigReader:
         def value(match: re.Match[str]) -> str:
             source, variable = match[1], match[2]
             if not variable:
-                shown = f"'{shortened(raw[match.start() :])}' is no placeholder"
-                self._fail(element, name, shown, "write ${env:NAME} or ${keyring:NAME}")
+                named = re.match(r"\$\{\w+\}", raw[match.start() :])  # else part of a password?
+                reason = f"'{named[0]}' is no" if named else "has a ${ that begins no"
+                remedy = "write ${env:NAME} or ${keyring:NAME}"
+                self._fail(element, name, f"{reason} placeholder", remedy)
                 return ""
             if source == "env":
                 found, kind = os.environ.get(variable), "environment variable"
@@ -1168,7 +1171,7 @@ class Sftp:
         subject = f"{self.where}: {path}: cannot be downloaded"
         with self._operation(subject):
             file = self._session().open(path, "rb")
-            if ahead and size > 1 << 20:
+            if ahead and 1 << 20 < size <= 1 << 32:  # Each request is kept in memory.
                 file.prefetch(size)
         received = 0
         try:
@@ -1781,6 +1784,15 @@ _REFUSED_TEXT = re.compile(  # PostgreSQL's driver has no SQLSTATE of its own fo
 )
 
 
+_QUOTED_VALUE = re.compile(  # as PostgreSQL and SQL Server quote what they could not convert
+    r"""(?sx) ( invalid\ input\ (?:syntax|value)\ for\ [^:"]*(?:"[^"]*")?:\ "
+              | field\ value\ out\ of\ range:\ "
+              | (?<!\w)value\ ["'](?=.*["']\ (?:is\ out\ of\ range|overflowed|to\ data\ type|for))
+              | Truncated\ value:\ ' | duplicate\ key\ value\ is\ \( )
+        .* ( " | ' | \) )"""
+)
+
+
 def driver_message(text: str) -> str:
     """A driver's message without its prefixes and without the row that it may quote."""
     text = re.sub(r"^\[[0-9A-Z]{5}\]\s*", "", text)
@@ -1788,6 +1800,7 @@ def driver_message(text: str) -> str:
     text = re.split(r";?\s*\n?\s*(?:DETAIL|CONTEXT|HINT|QUERY|STATEMENT):", text)[0]
     text = re.sub(r";?\s*Error while (?:executing|preparing) .*", "", text, flags=re.S)
     text = re.sub(r"\s*\(-?\d+\)\s*\((?:SQL\w+)\)\s*$", "", text)
+    text = _QUOTED_VALUE.sub(r"\1...\2", text)
     return one_line(re.sub(r"\s+", " ", text)) or "the driver gave no reason"
 
 
@@ -2139,7 +2152,7 @@ def _last_record_end(raw: bytes, begin: int) -> int:
     none does so before `begin`.
     """
     end = raw.rfind(b"\n", begin) + 1
-    odd = raw.count(b'"', 0, end) % 2
+    odd = raw.count(b'"', 0, end) % 2 if b'"' in raw else 0  # `in` takes a tenth of `count`.
     while odd:  # Inside a quoted field, which starts at the last quote or before.
         quote = raw.rfind(b'"', begin, end)
         before = raw.rfind(b"\n", begin, quote) + 1 if quote >= 0 else 0
@@ -2818,7 +2831,9 @@ def check_columns(source: CsvFile, database: CsvFile) -> None:
         return
     missing = [name for name in theirs if name not in ours]
     extra = [name for name in ours if name not in theirs]
-    if missing or extra:
+    if not set(ours) & set(theirs):  # Then the names may be a row of data.
+        what = f"has none of {', '.join(map(one_line, theirs))}; perhaps its header is missing"
+    elif missing or extra:
         what = "; ".join(
             f"{words} {', '.join(map(one_line, names))}"
             for words, names in (("lacks", missing), ("has besides", extra))
@@ -3017,7 +3032,7 @@ class Failures:
             if self._file is None:
                 self._file = self.path.open("w", encoding="utf-8", newline="")
                 csv.writer(self._file).writerow(["operation", "key", "procedure", "error"])
-            csv.writer(self._file).writerow([operation, key, procedure, error.message])
+            csv.writer(self._file).writerow([operation, key, procedure, redact(error.message)])
             self._file.flush()
         self.count += 1
         self.rows.add((file, operation, key))
@@ -3101,14 +3116,14 @@ class Applier:
         told = {one_line(value) for row in rows for value in row} - key
         message = error.message
         for value in sorted(told, key=len, reverse=True):
-            if len(value) > 1 and value in message:
-                message = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "...", message)
+            if len(value) > 1 and value.casefold() in message.casefold():
+                message = re.sub(rf"(?i)(?<!\w){re.escape(value)}(?!\w)", "...", message)
         return DatabaseError(message, error.remedy, sqlstate=error.sqlstate)
 
 
 def is_not_about_the_row(error: DatabaseError) -> bool:
     """Whether the next row would fail in the same way: no such procedure, no right, no answer."""
-    return error.sqlstate in (_NO_PROCEDURE | {"HYT00"}) or bool(
+    return error.sqlstate in (_NO_PROCEDURE | {"HYT00", "HY008", "57014"}) or bool(
         re.search(r"(?i)could not find stored procedure|permission was denied", error.message)
     )
 
@@ -3385,10 +3400,9 @@ class Oracle:
         pending, end = worker.submit(work), time.monotonic() + seconds
         while not pending.done.wait(0.2):
             if time.monotonic() > end:
+                remedy = ORACLE_ADVICE["DPY-4024" if self._connection else "ORA-12541"]
                 self._connection = self._worker = None  # Left to its thread.
-                raise DatabaseError(
-                    f"{subject}: no answer for {seconds:.0f} s", ORACLE_ADVICE["ORA-12541"]
-                )
+                raise DatabaseError(f"{subject}: no answer for {seconds:.0f} s", remedy)
         if isinstance(pending.error, (oracledb.Error, OSError)):
             raise oracle_error(subject, pending.error) from pending.error
         if pending.error is not None:
@@ -4286,7 +4300,12 @@ def keep_secret(values: Iterable[str]) -> None:
 
     One or two characters stand in every text: to replace them would hide everything else.
     """
-    _SECRETS.update(value for value in values if len(value) > 2)
+    import json
+
+    for value in values:
+        forms = {value, repr(value)[1:-1], json.dumps(value)[1:-1], one_line(value)}
+        forms.add(" ".join(value.split()))  # As a message has it in one line.
+        _SECRETS.update(form for form in forms if len(form) > 2)
 
 
 def redact(text: str) -> str:

@@ -14,6 +14,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -649,6 +650,38 @@ def test_diff_command_refuses(
     assert diff_main(*argv) == code
     assert capsysbinary.readouterr() == (b"", message.encode())
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_diff_command_refuses_a_file_that_it_may_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    write(tmp_path / "a.csv", "id", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)  # root may read all
+    assert diff_main("a.csv", "a.csv") == 2
+    assert capsysbinary.readouterr() == (
+        b"", b"a.csv: may not be read\n    Try: let your account read the file\n"
+    )  # fmt: skip
+
+
+def test_diff_command_sorts_files_of_a_folder_that_it_may_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.csv", "id", "2", "1")
+    places = []
+
+    def temporary_file(**options: object) -> object:
+        places.append(options["dir"])
+        return real(**options)
+
+    real = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary_file)
+    for mode, place in ((os.R_OK | os.W_OK, tmp_path), (os.R_OK, None)):
+        monkeypatch.setattr(os, "access", lambda path, wanted, mode=mode: wanted & mode)
+        argv = (tmp_path / "a.csv", tmp_path / "a.csv", "--sort", "--output", tmp_path / "out.csv")
+        assert diff_main(*argv) == 0
+        assert places == [place, place]
+        places.clear()
 
 
 def test_diff_command_quiet_prints_no_summary(
