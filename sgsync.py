@@ -847,7 +847,8 @@ class _ConfigReader:
         def value(match: re.Match[str]) -> str:
             source, variable = match[1], match[2]
             if not variable:
-                named = re.match(r"\$\{\w+\}", raw[match.start() :])  # else part of a password?
+                # What is no attempt at a name may be part of a password.
+                named = re.match(r"\$\{(?:\w+:\w*\}?|\w+\})", raw[match.start() :])
                 reason = f"'{named[0]}' is no" if named else "has a ${ that begins no"
                 remedy = "write ${env:NAME} or ${keyring:NAME}"
                 self._fail(element, name, f"{reason} placeholder", remedy)
@@ -3116,8 +3117,8 @@ class Applier:
         told = {one_line(value) for row in rows for value in row} - key
         message = error.message
         for value in sorted(told, key=len, reverse=True):
-            if len(value) > 1 and value.casefold() in message.casefold():
-                message = re.sub(rf"(?i)(?<!\w){re.escape(value)}(?!\w)", "...", message)
+            if len(value) > 1 and value in message:
+                message = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "...", message)
         return DatabaseError(message, error.remedy, sqlstate=error.sqlstate)
 
 

@@ -320,6 +320,26 @@ def test_sorted_blocks_are_what_python_sorts(
     assert sorted(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("block", [1, 64])
+def test_sorted_blocks_order_a_line_break_among_control_characters(
+    files: tuple[Path, Path], block: int
+) -> None:
+    ascending = ["a", "a\t", "a\t\n", "a\n", "a\n\x0b", "a\x0b", "a\x0b\x01", "a\x0b\x02", "a\x0c"]
+    assert ascending == sorted(ascending)
+    rows = [[text, text] for text in ascending]
+    for path, end in zip(files, ("\r\n", "\n"), strict=True):
+        path.write_text(spell([["a", "b"], *rows[::-1]], 1, end), newline="")
+    for key in ("a", "b,a", None):
+        with sizes(block, sort=1), sgsync.CsvFile(files[0]) as file:
+            blocks = sgsync.sorted_blocks(
+                file, file.blocks(), sgsync.Key(key.split(",") if key else None, ("a", "b"), "")
+            )
+            data = b"".join(block.data for block in blocks)
+            found = [list(sgsync.decode_row(row)) for row in data[:-1].split(b"\n")]
+            assert found == rows
+            assert len(compare(*files, key, sort=True)[0]) == 1
+
+
 @settings(max_examples=150)
 @given(
     table=tables(),
@@ -657,7 +677,7 @@ def test_diff_command_refuses_a_file_that_it_may_not_read(
 ) -> None:
     write(tmp_path / "a.csv", "id", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)  # root may read all
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.R_OK)  # root may read all
     assert diff_main("a.csv", "a.csv") == 2
     assert capsysbinary.readouterr() == (
         b"", b"a.csv: may not be read\n    Try: let your account read the file\n"
@@ -677,7 +697,7 @@ def test_diff_command_sorts_files_of_a_folder_that_it_may_not_write(
     real = tempfile.TemporaryFile
     monkeypatch.setattr(tempfile, "TemporaryFile", temporary_file)
     for mode, place in ((os.R_OK | os.W_OK, tmp_path), (os.R_OK, None)):
-        monkeypatch.setattr(os, "access", lambda path, wanted, mode=mode: wanted & mode)
+        monkeypatch.setattr(os, "access", lambda _, wanted, mode=mode: wanted & mode)
         argv = (tmp_path / "a.csv", tmp_path / "a.csv", "--sort", "--output", tmp_path / "out.csv")
         assert diff_main(*argv) == 0
         assert places == [place, place]
