@@ -291,7 +291,9 @@ class District:
         stage.server.make_keys(self.home / "ssh")
         connection = servers.sqlite_connection_string(self.database)
         text = config_text(stage.server, connection)
-        (self.home / "config.xml").write_text(text, encoding="utf-8")
+        config = self.home / "config.xml"
+        config.write_text(text, encoding="utf-8")
+        config.chmod(0o600)
         (stage.server.root / "upload").mkdir()
 
     def night(self, epoch: str, expected: Sequence[Change] | None) -> Path:
