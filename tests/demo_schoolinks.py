@@ -105,7 +105,6 @@ class District:
         config = self.home / "config.xml"
         config.write_text(text, encoding="utf-8")
         config.chmod(0o600)
-        config.chmod(0o600)
 
     def night(self, code: int, *arguments: str) -> Path:
         """Run the command as a scheduler would; returns the run's folder."""
