@@ -17,7 +17,7 @@ TEST_PACKAGES := $(DEMO_PACKAGES) openssh-server postgresql odbc-postgresql
 help: ## lists the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: demo-packages $(VENV)/demo.stamp ## three nights of sync on servers of its own
+demo: demo-packages $(VENV)/demo.stamp ## three nights of sync, two of schoolinks, on servers of its own
 	$(BIN)/python tests/demo.py $(ARGS)
 
 test: test-packages $(VENV)/test.stamp ## all tests
@@ -34,8 +34,8 @@ bench: test-packages $(VENV)/test.stamp ## speed and memory, as a table
 faults: test-packages $(VENV)/test.stamp ## kills and cuts at hundreds of points, as a table
 	$(BIN)/python tests/faults.py $(ARGS)
 
-clean: ## removes .venv and caches; history/ and ssh/ stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## removes .venv, build and caches; history/ and ssh/ stay
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 demo-packages:

@@ -1515,6 +1515,8 @@ class Database:
         self._cursor: pyodbc.Cursor | None = None
         self._worker: _Worker | None = None
         self._cancelled = threading.Event()
+        self._cancelling: list[threading.Thread] = []
+        self._lock = threading.Lock()  # between `cancel` and what lets go of the connection
 
     def __enter__(self) -> Database:
         return self
@@ -1549,26 +1551,41 @@ class Database:
         try:
             connected = self._run("the database", connect, CONNECT_SECONDS + 10)
         except BaseException:
-            self._drop_connection()
+            self._release()
             raise
         self._connection, self._cursor, self.name = connected
         log.info("database: connected to %s", one_line(self.name))
 
     def close(self) -> None:
         """Roll back what is open, and close."""
-        connection, worker = self._connection, self._worker
-        self._connection = self._cursor = self._worker = None
-        if connection and worker:
+        self._release().wait(5)
 
-            def close() -> None:
-                with contextlib.suppress(Exception):
-                    connection.rollback()
-                with contextlib.suppress(Exception):
-                    connection.close()
+    def _release(self) -> threading.Event:
+        """Let go of the connection; its own thread closes it when it is done with its call.
 
-            worker.submit(close).done.wait(5)
-        if worker:
-            worker.end()
+        Only there, and the cursor first: where one thread frees a cursor while another one closes
+        its connection, pyodbc leaves an exception behind that strikes code of no concern to it.
+        """
+        with self._lock:
+            connection, cursor, worker = self._connection, self._cursor, self._worker
+            cancelling, self._cancelling = self._cancelling, []
+            self._connection = self._cursor = self._worker = None
+        if not worker:
+            done = threading.Event()
+            done.set()
+            return done
+
+        def release() -> None:
+            for thread in cancelling:
+                thread.join(5)
+            if connection and cursor:
+                for step in (connection.rollback, cursor.close, connection.close):
+                    with contextlib.suppress(Exception):
+                        step()
+
+        done = worker.submit(release).done
+        worker.end()
+        return done
 
     def cancel(self) -> None:
         """From another thread: let the call under way be given up."""
@@ -1734,18 +1751,22 @@ class Database:
 
     def _interrupt(self) -> None:
         """Ask the server to give up the call under way, from a thread: this may block, too."""
-        if cursor := self._cursor:
+        with self._lock:
+            cursor = self._cursor
+            if cursor and self.name != "SQLite":  # whose driver frees what another thread reads
 
-            def cancel() -> None:
-                with contextlib.suppress(Exception):
-                    cursor.cancel()
+                def cancel() -> None:
+                    with contextlib.suppress(Exception):
+                        cursor.cancel()
 
-            threading.Thread(target=cancel, daemon=True).start()
+                thread = threading.Thread(target=cancel, daemon=True, name="cancel")
+                self._cancelling.append(thread)
+                thread.start()
 
     def _abandon(self) -> None:
         """Leave a call that does not return to its thread; the connection is of no use any more."""
         self._interrupt()
-        self._connection = self._cursor = self._worker = None
+        self._release()
 
     def _translated(self, subject: str, error: BaseException) -> DatabaseError:
         import pyodbc
@@ -1758,7 +1779,7 @@ class Database:
         lost = lost or "login timeout" in text.lower()  # so SQL Server's driver, with HYT00
         lost = lost and not _REFUSED_TEXT.search(text)
         if lost:
-            self._drop_connection()
+            self._release()
         remedy = _database_remedy(sqlstate, text)
         return DatabaseError(
             f"{subject}: {text}",
@@ -1766,12 +1787,6 @@ class Database:
             sqlstate=sqlstate,
             transient=lost or sqlstate in _DEADLOCK or "deadlock" in text.lower(),
         )
-
-    def _drop_connection(self) -> None:
-        worker, self._connection, self._cursor = self._worker, None, None
-        self._worker = None
-        if worker:
-            worker.end()
 
 
 _LOST_TEXT = re.compile(

@@ -78,7 +78,7 @@ sys.exit(code)
 
 # ------------------------------------------------------------------ a district: World
 
-ROWS = 600  # of each table: a third to insert, update, delete each, and as many that stay
+ROWS = 600  # of each table: as many to insert, to update and to delete as there are to stay
 TABLES = ("iep", "etr", "sp")
 SETUP = """
 CREATE TABLE etr (id text PRIMARY KEY, done text, score text);
@@ -151,7 +151,7 @@ LEFT_BY_A_RUN = {
 LEFT_AFTER_CHANGES = {f"verify/{side}/{table}.csv" for side in ("ic", "diff") for table in TABLES}
 
 
-def rows_of(table: str) -> tuple[list[homes.Row], list[homes.Row]]:
+def rows_of(table: str, count: int) -> tuple[list[homes.Row], list[homes.Row]]:
     """What the database holds at the start, and what SameGoal says."""
 
     def row(number: int, word: str) -> homes.Row:
@@ -162,7 +162,7 @@ def rows_of(table: str) -> tuple[list[homes.Row], list[homes.Row]]:
             "sp": (key, f'the "{word}" plan'),
         }[table]
 
-    numbers = range(ROWS)
+    numbers = range(count)
     start = [row(n, "OPEN" if n % 4 == 0 else "LOCKED") for n in numbers if n % 4 != 1]
     goal = [row(n, "LOCKED") for n in numbers if n % 4 != 2]
     return start, goal
@@ -175,7 +175,10 @@ def quoted(rows: Iterable[homes.Row]) -> list[homes.Row]:
 class World:
     """One district behind proxies: a home, a part of the SFTP server, a database."""
 
-    def __init__(self, folder: Path, sshd: servers.Sshd, postgres: servers.Postgres) -> None:
+    def __init__(
+        self, folder: Path, sshd: servers.Sshd, postgres: servers.Postgres, rows: int = ROWS
+    ) -> None:
+        self.rows = rows
         self.root = sshd.root / servers.fresh_name()
         for name in ("download", "upload"):
             (self.root / name).mkdir(parents=True)
@@ -207,7 +210,7 @@ class World:
         files: dict[str, str | bytes] = {"other.csv": large}
         expected: list[homes.Row] = []
         for table in TABLES:
-            start, goal = rows_of(table)
+            start, goal = rows_of(table, self.rows)
             for name, rows in (("start", start), ("goal", goal)):
                 self.database.execute(f"CREATE TABLE {table}_{name} AS SELECT * FROM {table}")
                 self.database.insert(f"{table}_{name}", rows)
@@ -530,9 +533,9 @@ def spread(count: int, only: Sequence[str] = KINDS) -> dict[str, int]:
 
 @contextlib.contextmanager
 def worlds(
-    number: int, folder: Path, sshd: servers.Sshd, postgres: servers.Postgres
+    number: int, folder: Path, sshd: servers.Sshd, postgres: servers.Postgres, rows: int = ROWS
 ) -> Iterator[list[World]]:
-    made = [World(folder / f"home{i}", sshd, postgres) for i in range(number)]
+    made = [World(folder / f"home{i}", sshd, postgres, rows) for i in range(number)]
     try:
         yield made
     finally:

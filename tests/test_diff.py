@@ -773,8 +773,8 @@ def test_diff_command_reads_and_writes_named_pipes(
         ("id\n1\n2\n", 0, b"operation,before_id,after_id\r\ninsert,,2\r\n"),
         ("", 5, b""),
     ):
-        writer = threading.Thread(target=a.write_text, args=(content,))
-        reader = threading.Thread(target=lambda: read.append(out.read_bytes()))
+        writer = threading.Thread(target=a.write_text, args=(content,), daemon=True)
+        reader = threading.Thread(target=lambda: read.append(out.read_bytes()), daemon=True)
         writer.start()
         reader.start()
         assert diff_main(a, b, "--output", out) == code
