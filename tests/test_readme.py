@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,12 @@ def test_readme_names_targets_that_exist() -> None:
         re.findall(r"(?m)^(?:\$ )?make ([a-z]+)$", README)
     )
     assert {"demo"} <= named <= targets
+
+
+def test_readme_names_tests_that_exist() -> None:
+    """The promises name the tests that keep them."""
+    sources = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    known = {name for source in sources for name in re.findall(r"(?m)^def (test_\w+)", source)}
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert len(named) > 10
+    assert named <= known
