@@ -70,6 +70,7 @@ PART = ".part"  # A file under this suffix is not finished, whatever it holds.
 
 BLOCK_BYTES = 1 << 18  # Read at a time; measured: larger blocks fall out of the processor's cache.
 CONFIG_BYTES = 10_000_000  # config.xml may not be larger.
+CONFIG_ERRORS = 100  # Nobody reads on; a file with more is no configuration.
 RECORD_BYTES = 1 << 24  # One CSV record may not be longer: memory stays bounded on any input.
 SORT_BYTES = 1 << 24  # Sorted in memory at a time by sort="true".
 FETCH_ROWS = 1000
@@ -639,8 +640,7 @@ class _ConfigReader:
             if tag not in sections:
                 self._fail(root, "", f"has no <{tag}> element", f"take <{tag}> from the template")
         if self.errors:
-            self.errors.sort(key=operator.itemgetter(0))
-            raise ConfigError("\n".join(text for _, text in self.errors))
+            raise self._error()
         return Config(
             path=self.path,
             sftp=sections.get("SFTP", cast("SftpSettings", None)),
@@ -671,8 +671,12 @@ class _ConfigReader:
         try:
             root = etree.fromstring(raw, parser)
         except etree.XMLSyntaxError as error:
-            # "Entity 'x' not defined" may quote the part of a password after its &.
+            # What it names may be the part of a password after its & or its quote.
             reason = re.sub(r"Entity '.*?' not defined", "a & that begins no entity", error.msg)
+            reason = re.sub(
+                r"((?:for|^)\s*attribute|QName|prefix) .*?(?=, line| redefined| is not defined|$)",
+                r"\1 ...", reason, flags=re.I,
+            )  # fmt: skip
             reason = re.sub(r", line \d+, column (\d+)$", r" (column \1)", reason)
             raise ConfigError(
                 f"{self.path.name}:{error.lineno or 1}: not well-formed XML: {one_line(reason)}",
@@ -717,6 +721,13 @@ class _ConfigReader:
         place = f"<{tag} {name}>" if name else f"<{tag}>"
         text = f"{self.path.name}:{line}: {place}: {one_line(reason)}"
         self.errors.append((line, f"{text}\nTry: {remedy}"))
+        if len(self.errors) == CONFIG_ERRORS:
+            raise self._error()
+
+    def _error(self) -> ConfigError:
+        self.errors.sort(key=operator.itemgetter(0))
+        keep_secret(self.secrets)
+        return ConfigError("\n".join(text for _, text in self.errors))
 
     def _line_of(self, element: etree._Element, name: str) -> int:
         """The line of an attribute, or of its start tag; lxml knows only where that tag ends."""
@@ -863,7 +874,7 @@ class _ConfigReader:
                 state = "not set" if found is None else "empty"
                 self._fail(element, name, f"the {kind} {variable} is {state}", remedy)
                 return ""
-            if source == "keyring":
+            if source == "keyring" or re.search(r"(?i)pass|pwd|secret|token", variable):
                 self.secrets.add(found)
             if name != "connectionString":
                 return found
@@ -1095,6 +1106,8 @@ class Sftp:
             address = (self.settings.host, self.settings.port)
             sock = socket.create_connection(address, timeout=CONNECT_SECONDS)
             try:
+                # Else each small packet of the log-in waits 40 ms for the other side.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._transport = transport = paramiko.Transport(sock)
             except BaseException:
                 sock.close()
@@ -1129,14 +1142,13 @@ class Sftp:
             transport.close()
 
     def listing(self, directory: str) -> list[RemoteEntry]:
-        """The entries of a directory, sorted by name."""
+        """The entries of a directory, sorted by name; all within `timeout_seconds`."""
         import stat
 
         entries: list[RemoteEntry] = []
         subject = f"{self.where}: {directory}: cannot be listed"
         with self._operation(subject):
             for found in self._listed(subject, directory):
-                self._feed()
                 mode = found.st_mode or 0
                 entries.append(
                     RemoteEntry(
@@ -4634,10 +4646,18 @@ def _console_log(options: argparse.Namespace) -> Iterator[None]:
     quiet = options.quiet or (options.terminal and options.command != "diff")
     handler.setLevel(logging.WARNING if quiet else level)
     log.addHandler(handler)
+    hook = threading.excepthook
+    threading.excepthook = _log_thread_exception
     try:
         yield
     finally:
+        threading.excepthook = hook
         log.removeHandler(handler)
+
+
+def _log_thread_exception(args: threading.ExceptHookArgs) -> None:
+    """A driver's own thread has failed: the call that needs it fails, too, and is told."""
+    log.debug("%s: %r", args.thread and args.thread.name, args.exc_value)
 
 
 if TYPE_CHECKING:

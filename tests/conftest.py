@@ -20,6 +20,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -125,6 +126,24 @@ def database(request: pytest.FixtureRequest) -> servers.Database:
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried again at once."""
     monkeypatch.setattr(sgsync, "RETRY_SECONDS", 0.01)
+
+
+@pytest.fixture
+def no_sftp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the database: files are copied, since SFTP takes most of the time of a run."""
+
+    def download(_: object, settings: sgsync.SftpSettings, folder: Path, *__: object) -> Any:
+        newest = max(Path(settings.download_directory).iterdir())
+        shutil.copytree(newest, folder, ignore=shutil.ignore_patterns("COMPLETE"))
+        return sgsync.Extract(newest.name, newest.stat().st_mtime, ())
+
+    def push(_: object, upload_directory: str, folder: Path, *__: object) -> None:
+        target = Path(upload_directory) / folder.name
+        shutil.copytree(folder, target)
+        (target / "COMPLETE").touch()
+
+    monkeypatch.setattr(sgsync, "download", download)
+    monkeypatch.setattr(sgsync, "push", push)
 
 
 @pytest.fixture

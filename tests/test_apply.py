@@ -18,7 +18,7 @@ import homes
 import servers
 import sgsync
 
-pytestmark = pytest.mark.usefixtures("short_pauses")
+pytestmark = pytest.mark.usefixtures("short_pauses", "no_sftp")
 
 RETRIES = sgsync.RETRY_ATTEMPTS - 1
 NAMES = ["Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus"]

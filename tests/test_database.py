@@ -6,7 +6,6 @@ import csv
 import datetime
 import decimal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import homes
 import servers
 import sgsync
 
-pytestmark = pytest.mark.usefixtures("short_pauses")
+pytestmark = pytest.mark.usefixtures("short_pauses", "no_sftp")
 
 ROWS = [("1001", "2026-01-05", "LOCKED", "Ann"), ("1002", "2026-01-06", "LOCKED", "Bob")]
 RETRIES = sgsync.RETRY_ATTEMPTS - 1
@@ -299,19 +298,6 @@ def test_export_ends_where_the_server_is_gone_for_good(
     assert postgres_home.failed(4).endswith(UNREACHABLE)
     postgres_server.start()
     assert postgres_home.sis_rows() == []
-
-
-def test_fetch_cancels_the_other_side(postgres_home: homes.Home) -> None:
-    """Where the download fails, a long query is not waited for."""
-    query(postgres_home, "SELECT pg_sleep(100)")
-    message = postgres_home.refused(3)
-    assert "holds no epoch directory" in message
-    deadline = threading.Event()
-    for _ in range(100):
-        if not active(postgres_home, "pg_sleep"):
-            break
-        deadline.wait(0.05)
-    assert not active(postgres_home, "pg_sleep")
 
 
 # ------------------------------------------------------------------ values

@@ -140,6 +140,7 @@ def listener() -> Iterator[socket.socket]:
         server.bind((servers.HOST, 0))
         server.listen(16)
         yield server
+        server.shutdown(socket.SHUT_RDWR)  # ends `accept` in `answers`
 
 
 def answers(listener: socket.socket, what: bytes) -> None:
@@ -854,6 +855,28 @@ def test_download_refuses_a_size_that_the_disk_cannot_hold(
         "Try: free some space; if the size is absurd, ask the server's operator",
         message,
     )
+
+
+def test_read_ahead_that_fails_is_not_told_twice(
+    home: homes.Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A thread of the driver's own meets the lost connection, too; the console shows one error."""
+    newest = sgsync.newest_extract
+    hook = threading.excepthook
+
+    def fail() -> None:
+        raise EOFError
+
+    def with_thread(*args: Any) -> sgsync.Extract:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        return newest(*args)
+
+    monkeypatch.setattr(sgsync, "newest_extract", with_thread)
+    assert home.main() == 0
+    assert "EOFError" not in capfd.readouterr().err
+    assert threading.excepthook is hook
 
 
 # ------------------------------------------------------------------ push

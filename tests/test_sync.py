@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,30 @@ def test_sync_dry_run_writes_nothing(home: homes.Home) -> None:
     dry = (home.run / "diff/iep.csv").read_bytes()
     assert home.main() == 0
     assert (home.run / "diff/iep.csv").read_bytes() == dry
+
+
+def test_sync_gives_up_one_side_where_the_other_has_failed(postgres_home: homes.Home) -> None:
+    """Where the download fails, an export that would take minutes is cancelled."""
+    home = postgres_home
+    home.configure(query="SELECT pg_sleep(300)")
+    message = home.refused(3)
+    assert "holds no epoch directory" in message
+    assert home.log.count("ERROR") == 1
+    sleeping = (
+        "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND pid <> pg_backend_pid()"
+    )
+    for _ in range(500):
+        if not home.database.rows(sleeping):
+            break
+        time.sleep(0.02)
+    assert not home.database.rows(sleeping)
+
+
+def test_sync_gives_up_the_download_where_the_export_has_failed(home: homes.Home) -> None:
+    home.extract(files={"iep.csv": GOOD, "big.csv": "x" * 20_000_000})
+    home.configure(query="nonsense")
+    assert home.refused(4).startswith(f"ic/iep.csv: the query (config.xml:{home.line('<SQLDiff')})")
+    assert "trying again" not in home.log
 
 
 # ------------------------------------------------------------------ limits
@@ -219,8 +244,8 @@ BAD_SOURCES: dict[str, tuple[str | bytes, str]] = {
     ),
     "no header": (
         GOOD.split("\r\n", 1)[1],
-        COLUMNS + "lacks studentNumber, startDate, status, manager; has besides 1001, 2026-01-05, "
-        "LOCKED, Núñez, Ana",
+        COLUMNS + "has none of studentNumber, startDate, status, manager; perhaps its header is "
+        "missing",
     ),
     "truncated": (
         GOOD[: GOOD.index("Ana")],
