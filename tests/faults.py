@@ -21,327 +21,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import queue
 import random
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fuzz
-import homes
 import proxy
 import servers
+from worlds import Ended, SchoolWorld, SyncWorld, World
 
 FUZZ_CONFIG, FUZZ_CSV = "fuzz config", "fuzz csv"
 KILL, CUT_SFTP, CUT_DATABASE, STALL, SLOW = "kill", "cut sftp", "cut database", "stall", "slow"
-KINDS = (KILL, CUT_SFTP, CUT_DATABASE, STALL, SLOW)
-SHARES = {KILL: 0.5, CUT_SFTP: 0.14, CUT_DATABASE: 0.14, STALL: 0.14, SLOW: 0.08}
-HUNG_SECONDS = 90.0  # Far beyond every time-out that the runs below have.
+SCHOOLINKS = "schoolinks"
+SHARES = {KILL: 46, CUT_SFTP: 13, CUT_DATABASE: 13, STALL: 12, SLOW: 6, SCHOOLINKS: 10}
+KINDS = tuple(SHARES)
 KILLED = -9
-
-# Time-outs as short as the rest of the configuration has them, memory small enough that sorting
-# needs temporary files. With KILL_AT=n it kills itself before the nth change to its home's files.
-RUNNER = """
-import os, signal, sys
-import sgsync
-sgsync.CONNECT_SECONDS, sgsync.RETRY_SECONDS = 2.0, 0.1
-sgsync.SORT_BYTES = sgsync.BLOCK_BYTES = 4096
-left = int(os.environ.get("KILL_AT", "0"))
-home = sys.argv[sys.argv.index("--home") + 1]
-
-def count(event, arguments):
-    global left
-    if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-        return
-    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        return
-    if str(arguments[0]).startswith(home):
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(count)
-code = sgsync.main(sys.argv[1:])
-print("operations", -left, file=sys.stderr)
-sys.exit(code)
-"""
-
-# ------------------------------------------------------------------ a district: World
-
-ROWS = 600  # of each table: as many to insert, to update and to delete as there are to stay
-TABLES = ("iep", "etr", "sp")
-SETUP = """
-CREATE TABLE etr (id text PRIMARY KEY, done text, score text);
-CREATE TABLE sp (student text, plan text);
-CREATE TABLE effects (place text, operation text, key text);
-CREATE TABLE cleaned (times text);
-CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    IF TG_OP <> 'UPDATE' OR OLD IS DISTINCT FROM NEW THEN
-        INSERT INTO effects SELECT TG_TABLE_NAME, TG_OP,
-            (CASE WHEN TG_OP = 'DELETE' THEN to_jsonb(OLD) ELSE to_jsonb(NEW) END) ->> TG_ARGV[0];
-    END IF;
-    RETURN NULL;
-END $$;
-CREATE TRIGGER note AFTER INSERT OR UPDATE OR DELETE ON iep
-    FOR EACH ROW EXECUTE FUNCTION note('studentnumber');
-CREATE TRIGGER note AFTER INSERT OR UPDATE OR DELETE ON etr
-    FOR EACH ROW EXECUTE FUNCTION note('id');
-CREATE TRIGGER note AFTER INSERT OR UPDATE OR DELETE ON sp
-    FOR EACH ROW EXECUTE FUNCTION note('student');
-CREATE PROCEDURE sg_sp_upsert(s text, p text) LANGUAGE plpgsql AS $$
-BEGIN
-    UPDATE sp SET plan = p WHERE student = s;
-    IF NOT FOUND THEN INSERT INTO sp VALUES (s, p); END IF;
-END $$;
-CREATE PROCEDURE sg_sp_delete(s text) LANGUAGE sql AS $$ DELETE FROM sp WHERE student = s $$;
-CREATE PROCEDURE sg_cleanup() LANGUAGE sql AS $$
-    DELETE FROM cleaned; INSERT INTO cleaned VALUES ('once') $$;
-"""
-MORE = """
-    <SQLDiff file="etr.csv" key="id:int" sort="true">
-      <Query>SELECT id, done, score FROM etr</Query>
-      <Insert parameters="id,done,score">INSERT INTO etr VALUES (?, ?, ?)
-        ON CONFLICT (id) DO UPDATE SET done = excluded.done, score = excluded.score</Insert>
-      <Update parameters="done,score,id">UPDATE etr SET done = ?, score = ? WHERE id = ?</Update>
-      <Delete parameters="id">DELETE FROM etr WHERE id = ?</Delete>
-    </SQLDiff>
-    <SQLDiff file="sp.csv" key="student">
-      <Query>SELECT student, plan FROM sp ORDER BY student COLLATE "C"</Query>
-      <Insert procedure="sg_sp_upsert"/>
-      <Update procedure="sg_sp_upsert"/>
-      <Delete procedure="sg_sp_delete"/>
-    </SQLDiff>"""
-UPLOAD = """
-    <SQL>{CALL sg_cleanup}</SQL>
-    <SQL file="open_records.csv">SELECT student FROM sp ORDER BY student</SQL>"""
-RESET = """
-SET session_replication_role = replica;
-TRUNCATE iep, etr, sp, effects, cleaned;
-INSERT INTO iep SELECT * FROM iep_start;
-INSERT INTO etr SELECT * FROM etr_start;
-INSERT INTO sp SELECT * FROM sp_start;
-SET session_replication_role = origin;
-"""
-LOST = " UNION ALL ".join(
-    f"SELECT count(*) FROM (SELECT * FROM {table}_goal EXCEPT ALL SELECT * FROM {table}) x"
-    for table in TABLES
-)
-DOUBLED = " UNION ALL ".join(
-    [
-        f"SELECT count(*) FROM (SELECT * FROM {table} EXCEPT ALL SELECT * FROM {table}_goal) x"
-        for table in TABLES
-    ]
-    + ["SELECT count(*) FROM (SELECT * FROM effects EXCEPT ALL SELECT * FROM effects_goal) x"]
-)
-LEFT_BY_A_RUN = {
-    "COMPLETE", "summary.json", "sgi_log.txt", "open_records.csv", "ia/other.csv",
-    *(f"{side}/{table}.csv" for side in ("ia", "ic", "diff") for table in TABLES),
-}  # fmt: skip
-LEFT_AFTER_CHANGES = {f"verify/{side}/{table}.csv" for side in ("ic", "diff") for table in TABLES}
-
-
-def rows_of(table: str, count: int) -> tuple[list[homes.Row], list[homes.Row]]:
-    """What the database holds at the start, and what SameGoal says."""
-
-    def row(number: int, word: str) -> homes.Row:
-        key = str(1000 + number * 7)
-        return {
-            "iep": (key, "2026-01-05", word, f"Manager, {number}"),
-            "etr": (key, "2026-02-03", f"{number}.50 {word}"),
-            "sp": (key, f'the "{word}" plan'),
-        }[table]
-
-    numbers = range(count)
-    start = [row(n, "OPEN" if n % 4 == 0 else "LOCKED") for n in numbers if n % 4 != 1]
-    goal = [row(n, "LOCKED") for n in numbers if n % 4 != 2]
-    return start, goal
-
-
-def quoted(rows: Iterable[homes.Row]) -> list[homes.Row]:
-    return [tuple('"' + value.replace('"', '""') + '"' for value in row) for row in rows]
-
-
-class World:
-    """One district behind proxies: a home, a part of the SFTP server, a database."""
-
-    def __init__(
-        self, folder: Path, sshd: servers.Sshd, postgres: servers.Postgres, rows: int = ROWS
-    ) -> None:
-        self.rows = rows
-        self.root = sshd.root / servers.fresh_name()
-        for name in ("download", "upload"):
-            (self.root / name).mkdir(parents=True)
-        self.database = servers.Database(
-            "postgresql", postgres.create_database(servers.fresh_name())
-        )
-        self.home = homes.Home(folder, sshd, self.root, self.database)
-        self.sftp_proxy = proxy.Proxy(sshd.host, sshd.port)
-        self.database_proxy = proxy.Proxy(postgres.host, postgres.port)
-        self.proxies = (self.sftp_proxy, self.database_proxy)
-        port = str(self.sftp_proxy.port)
-        self.home.known_hosts(sshd.known_hosts.replace(f"]:{sshd.port}", f"]:{port}"))
-        self.home.configure(
-            port=port,
-            connection=self.home.values["connection"].replace(
-                f"Port={postgres.port}", f"Port={self.database_proxy.port}"
-            ),
-            sftp='timeoutSeconds="2"',
-            database='queryTimeoutSeconds="2" batchSize="10" verify="true"',
-            more=MORE,
-            upload=UPLOAD,
-        )
-        self._fill()
-
-    def _fill(self) -> None:
-        self.database.execute(SETUP)
-        headers = {"iep": homes.HEADER, "etr": "id,done,score", "sp": "student,plan"}
-        large = "text\r\n" + ("y" * 1022 + "\r\n") * 1100  # enough to be read ahead
-        files: dict[str, str | bytes] = {"other.csv": large}
-        expected: list[homes.Row] = []
-        for table in TABLES:
-            start, goal = rows_of(table, self.rows)
-            for name, rows in (("start", start), ("goal", goal)):
-                self.database.execute(f"CREATE TABLE {table}_{name} AS SELECT * FROM {table}")
-                self.database.insert(f"{table}_{name}", rows)
-            files[f"{table}.csv"] = homes.csv_text(quoted(goal), headers[table])
-            before, after = ({row[0]: row for row in rows} for rows in (start, goal))
-            expected += [(table, "DELETE", key) for key in before.keys() - after.keys()]
-            expected += [(table, "INSERT", key) for key in after.keys() - before.keys()]
-            both = before.keys() & after.keys()
-            expected += [(table, "UPDATE", key) for key in both if before[key] != after[key]]
-        self.database.execute("CREATE TABLE effects_goal AS SELECT * FROM effects")
-        self.database.insert("effects_goal", expected)
-        self.home.extract(files=files)
-
-    def close(self) -> None:
-        for each in self.proxies:
-            each.close()
-
-    def reset(self) -> None:
-        """As before any run."""
-        for each in self.proxies:
-            each.reset()
-        self.database.execute(RESET)
-        shutil.rmtree(self.home.path / "history", ignore_errors=True)
-        for epoch in (self.root / "upload").iterdir():
-            shutil.rmtree(epoch)
-
-    def run(
-        self,
-        on_line: Callable[[int, subprocess.Popen[str]], None] | None = None,
-        kill_after: float = 0,
-        kill_at: int = 0,
-    ) -> Ended:
-        """One run of the program; `on_line` is told of each line of its log."""
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER, "--verbose", "--home", str(self.home.path)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, encoding="utf-8", errors="replace",
-            env={**os.environ, "PYTHONPATH": str(homes.SCRIPT.parent), "KILL_AT": str(kill_at)},
-        )  # fmt: skip
-        self.process = process
-        ended = Ended()
-
-        def hang_up() -> None:
-            ended.hung = True
-            process.kill()
-
-        timers = [threading.Timer(HUNG_SECONDS, hang_up)]
-        if kill_after:
-            timers.append(threading.Timer(kill_after, process.kill))
-        began = time.monotonic()
-        for timer in timers:
-            timer.daemon = True
-            timer.start()
-        assert process.stderr is not None
-        for line in process.stderr:
-            ended.lines.append(line.rstrip("\n"))
-            if on_line:
-                on_line(len(ended.lines), process)
-        ended.code = process.wait()
-        ended.seconds = time.monotonic() - began
-        for timer in timers:
-            timer.cancel()
-        return ended
-
-    # -------------------------------------------------------------- what is left
-
-    def lost(self) -> int:
-        """Rows of the source that the database lacks, and files that an epoch on the server lacks
-        although its COMPLETE says that all are there."""
-        rows = sum(int(row[0]) for row in self.database.rows(LOST))
-        return rows + len(self.short_epochs())
-
-    def doubled(self) -> int:
-        """Rows that are there too often or too much, and effects that came more than once."""
-        return sum(int(row[0]) for row in self.database.rows(DOUBLED))
-
-    def short_epochs(self) -> list[str]:
-        problems = []
-        for epoch in (self.root / "upload").iterdir():
-            if not (epoch / "COMPLETE").is_file():
-                continue
-            local = self.home.path / "history" / epoch.name
-            for path in local.rglob("*"):
-                name = path.relative_to(local).as_posix()
-                if path.is_dir() or name == "COMPLETE" or path.suffix == ".part":
-                    continue
-                sent = (epoch / name).read_bytes() if (epoch / name).is_file() else None
-                # the log goes on while and after it is sent
-                log = name == "sgi_log.txt" and sent and path.read_bytes().startswith(sent)
-                if not log and sent != path.read_bytes():
-                    problems.append(f"upload/{epoch.name}/{name}: missing or short")
-            problems += [f"{part}: pushed" for part in epoch.rglob("*.part")]
-        return problems
-
-    def strange(self) -> list[str]:
-        """What a run that ended with 0 must not leave; it left the newest folder."""
-        run = self.home.run
-        found = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
-        wanted = LEFT_BY_A_RUN | (LEFT_AFTER_CHANGES & found)
-        problems = [f"history/{run.name}/{name}" for name in sorted(found ^ wanted)]
-        pushed = self.home.pushed().keys()
-        problems += [f"upload/{run.name}/{name}" for name in sorted(pushed ^ wanted)]
-        cleaned = self.database.rows("SELECT times FROM cleaned")
-        return problems + ([] if cleaned == [("once",)] else ["the statements of <Upload>"])
-
-
-@dataclasses.dataclass
-class Ended:
-    """How a run ended."""
-
-    code: int = 0
-    seconds: float = 0.0
-    hung: bool = False
-    lines: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def stage(self) -> str:
-        """The stage in which the log breaks off."""
-        text = "\n".join(self.lines)
-        passed = (
-            ("start", "logged in as|connected to"),
-            ("download and export", r"sp\.csv: \d+ rows, of them"),
-            ("apply", r"sp\.csv: applied"),
-            ("verify and statements", r"open_records\.csv: done"),
-            ("push", r"pushed \d+ files"),
-        )
-        for stage, pattern in passed:
-            if not re.search(pattern, text):
-                return stage
-        return "end"
-
 
 # ------------------------------------------------------------------ points
 
@@ -389,7 +92,7 @@ class Point:
 
     @property
     def right_code(self) -> int:
-        return KILLED if self.kind == KILL else (3, 4)[self.side]
+        return (3, 4)[self.side] if self.fault else KILLED
 
 
 @dataclasses.dataclass
@@ -413,6 +116,7 @@ class Outcome:
 
 
 def measure(world: World) -> Measure:
+    """Run `world` undisturbed."""
     world.reset()
     marks: dict[tuple[int, str], list[int]] = {}
 
@@ -422,6 +126,8 @@ def measure(world: World) -> Measure:
                 marks.setdefault((side, direction), [0]).append(each.passed[direction])
 
     ended = world.run(on_line=mark)
+    if ended.code == 0:
+        world.learn()
     if ended.code or world.lost() or world.doubled() or world.strange():
         raise SystemExit(f"an undisturbed run fails: {ended.code} {ended.lines} {world.strange()}")
     operations = int(ended.lines[-1].split()[-1])
@@ -432,23 +138,26 @@ def points(kind: str, count: int, measured: Measure, chance: random.Random) -> I
     """`count` points of a kind, spread over the whole run."""
     for number in range(count):
         share = (number + chance.random()) / count
-        if kind == KILL:
-            yield _kill(("line", "bytes", "file", "time")[number % 4], share, measured, chance)
+        if kind == KILL or (kind == SCHOOLINKS and number % 2):
+            how = ("line", "bytes", "file", "time")[number // (1 + (kind == SCHOOLINKS)) % 4]
+            yield dataclasses.replace(_kill(how, share, measured, chance), kind=kind)
             continue
-        side = {CUT_SFTP: 0, CUT_DATABASE: 1}.get(kind, number % 2)
+        side = {CUT_SFTP: 0, CUT_DATABASE: 1, SCHOOLINKS: 0}.get(kind, number % 2)
         direction = chance.choice(proxy.DIRECTIONS)
+        does = {STALL: "stall", SLOW: "slow"}.get(kind, "drop")
+        does = chance.choice(proxy.KINDS) if kind == SCHOOLINKS else does
         fault = proxy.Fault(
-            {STALL: "stall", SLOW: "slow"}.get(kind, "drop"),
+            does,
             direction,
             _byte(share, side, direction, measured, chance),
-            lasting=kind != SLOW and number // 2 % 2 == 1,
+            lasting=does != "slow" and number // 2 % 2 == 1,
             rate=chance.choice((2_000, 20_000)),
         )
         yield Point(kind, "", share, side=side, fault=fault)
 
 
 def _kill(how: str, share: float, measured: Measure, chance: random.Random) -> Point:
-    side = chance.randrange(2)
+    side = chance.randrange(1 + max(side for side, _ in measured.marks))
     direction = chance.choice(proxy.DIRECTIONS)
     number = {
         "line": 1 + int(share * measured.lines),
@@ -479,7 +188,7 @@ def tried(world: World, point: Point, measured: Measure) -> Outcome:
     for each in world.proxies:
         each.reset()
     code = outcome.ended.code
-    outcome.notes += world.short_epochs()
+    outcome.notes += world.halves()
     outcome.lost += len(outcome.notes)
     if code == 0:
         outcome.recovered = True
@@ -528,14 +237,11 @@ def _disturbed(world: World, point: Point, measured: Measure) -> Ended:
 
 def spread(count: int, only: Sequence[str] = KINDS) -> dict[str, int]:
     """How many points each kind gets of `count`."""
-    return {kind: max(1, round(count * SHARES[kind])) for kind in KINDS if kind in only}
+    return {kind: max(1, round(count * SHARES[kind] / 100)) for kind in KINDS if kind in only}
 
 
 @contextlib.contextmanager
-def worlds(
-    number: int, folder: Path, sshd: servers.Sshd, postgres: servers.Postgres, rows: int = ROWS
-) -> Iterator[list[World]]:
-    made = [World(folder / f"home{i}", sshd, postgres, rows) for i in range(number)]
+def closing(made: Sequence[World]) -> Iterator[Sequence[World]]:
     try:
         yield made
     finally:
@@ -548,7 +254,7 @@ def run_points(
 ) -> list[Outcome]:
     """All points, each world taking the next one; raises what one of them raised."""
     chance = random.Random(seed)
-    measured = measure(made[0])
+    measured, *_ = [measure(world) for world in made]
     todo: queue.SimpleQueue[Point] = queue.SimpleQueue()
     chosen = [p for kind, count in counts.items() for p in points(kind, count, measured, chance)]
     for point in sorted(chosen, key=lambda _: chance.random()):
@@ -623,17 +329,52 @@ def table(lines: Sequence[Sequence[object]]) -> str:
     )
 
 
+def all_points(
+    counts: dict[str, int], workers: int, seed: int, told: Callable[[Outcome], None]
+) -> list[Outcome]:
+    """All points of all kinds, on servers of their own."""
+    sync = {kind: count for kind, count in counts.items() if kind != SCHOOLINKS}
+    schoolinks = {kind: count for kind, count in counts.items() if kind == SCHOOLINKS}
+    outcomes: list[Outcome] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="sgsync-faults-") as name,
+        servers.Sshd() as sshd,
+        servers.Postgres(fsync=False) as postgres,
+    ):
+        folder, numbers = Path(name), range(workers)
+        if sync:
+            with closing([SyncWorld(folder / f"{n}", sshd, postgres) for n in numbers]) as made:
+                outcomes += run_points(made, sync, seed, told)
+        if schoolinks:
+            with closing([SchoolWorld(folder / f"school{n}", sshd) for n in numbers]) as made:
+                outcomes += run_points(made, schoolinks, seed, told)
+    return outcomes
+
+
+def all_inputs(
+    count: int, workers: int, seed: int, only: Sequence[str], tell: Callable[[str], None]
+) -> list[tuple[object, ...]]:
+    """All broken files, a line of the table for each kind."""
+    lines: list[tuple[object, ...]] = []
+    for kind, share in ((FUZZ_CONFIG, 0.4), (FUZZ_CSV, 0.6)):
+        if kind in only:
+            word = kind.removeprefix("fuzz ")
+            tally = fuzz.fuzz_many(word, round(count * share), seed, workers, tell)
+            answers = (tally.answers, tally.errors, "-", tally.wrong, 0, tally.hung)
+            lines.append((kind, tally.inputs, *answers))
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Faults, as a table.")
-    parser.add_argument("--points", type=int, default=440, help="kills and cuts")
+    parser.add_argument("--points", type=int, default=480, help="kills and cuts")
     parser.add_argument("--inputs", type=int, default=20_000, help="broken files")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default=",".join((*KINDS, FUZZ_CONFIG, FUZZ_CSV)))
     parser.add_argument("--verbose", action="store_true", help="a line for each point")
     options = parser.parse_args()
-    only = options.only.split(",")
-    began = time.monotonic()
+    only, began = options.only.split(","), time.monotonic()
     problems: list[str] = []
 
     def tell(problem: str) -> None:
@@ -646,23 +387,10 @@ def main() -> int:
         if problem := problem_of(outcome):
             tell(problem)
 
-    broken: list[tuple[object, ...]] = []
-    for kind, share in ((FUZZ_CONFIG, 0.4), (FUZZ_CSV, 0.6)):  # first: they fork, without threads
-        if kind in only:
-            word = kind.removeprefix("fuzz ")
-            count = round(options.inputs * share)
-            tally = fuzz.fuzz_many(word, count, options.seed, options.workers, tell)
-            answers = (tally.answers, tally.errors, "-", tally.wrong, 0, tally.hung)
-            broken.append((kind, tally.inputs, *answers))
-    outcomes: list[Outcome] = []
-    if counts := spread(options.points, only):
-        with (
-            tempfile.TemporaryDirectory(prefix="sgsync-faults-") as folder,
-            servers.Sshd() as sshd,
-            servers.Postgres(fsync=False) as postgres,
-            worlds(options.workers, Path(folder), sshd, postgres) as made,
-        ):
-            outcomes = run_points(made, counts, options.seed, told)
+    # first, because they fork, and there are no threads yet
+    broken = all_inputs(options.inputs, options.workers, options.seed, only, tell)
+    counts = spread(options.points, only)
+    outcomes = all_points(counts, options.workers, options.seed, told) if counts else []
     lines = [line_of(kind, [o for o in outcomes if o.point.kind == kind]) for kind in counts]
     print(table([*lines, *broken]))
     stages = Counter(o.ended.stage for o in outcomes if o.point.kind == KILL)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ import homes
 import proxy
 import servers
 import sgsync
+from worlds import RUNNER, SchoolWorld, SyncWorld, World
 
 ROWS = [(str(n), "2026-01-05", "LOCKED", "Lee") for n in range(1001, 1006)]
 
@@ -32,37 +33,50 @@ ROWS = [(str(n), "2026-01-05", "LOCKED", "Lee") for n in range(1001, 1006)]
 
 
 @pytest.fixture(scope="module")
-def worlds(
+def made(
     tmp_path_factory: pytest.TempPathFactory,
     sshd_server: servers.Sshd,
     postgres_server: servers.Postgres,
-) -> Iterator[list[faults.World]]:
+) -> Iterator[Sequence[World]]:
     sshd_server.start()
     postgres_server.start()
     folder = tmp_path_factory.mktemp("faults")
-    with faults.worlds(3, folder, sshd_server, postgres_server, rows=120) as made:
-        yield made
+    homes_made = [
+        SyncWorld(folder / f"{number}", sshd_server, postgres_server, rows=120)
+        for number in range(3)
+    ]
+    with faults.closing(homes_made):
+        yield homes_made
 
 
-def run_points(worlds: list[faults.World], counts: dict[str, int]) -> list[faults.Outcome]:
-    outcomes = faults.run_points(worlds, counts, 1, lambda _: None)
+def run_points(made: Sequence[World], counts: dict[str, int]) -> list[faults.Outcome]:
+    outcomes = faults.run_points(made, counts, 1, lambda _: None)
     assert not [problem for outcome in outcomes if (problem := faults.problem_of(outcome))]
     assert len(outcomes) == sum(counts.values())
     return outcomes
 
 
-def test_run_killed_anywhere_loses_and_doubles_nothing(worlds: list[faults.World]) -> None:
-    outcomes = run_points(worlds, {faults.KILL: 20})
+def test_run_killed_anywhere_loses_and_doubles_nothing(made: Sequence[World]) -> None:
+    outcomes = run_points(made, {faults.KILL: 20})
     assert len({outcome.ended.stage for outcome in outcomes}) >= 4
 
 
-def test_run_cut_off_anywhere_recovers_or_ends_in_order(worlds: list[faults.World]) -> None:
-    outcomes = run_points(worlds, {kind: 2 for kind in faults.KINDS[1:4]})
+def test_run_cut_off_anywhere_recovers_or_ends_in_order(made: Sequence[World]) -> None:
+    outcomes = run_points(made, dict.fromkeys(faults.KINDS[1:4], 2))
     assert {outcome.ended.code for outcome in outcomes} <= {0, 3, 4}
 
 
-def test_points_are_spread_over_the_whole_run(worlds: list[faults.World]) -> None:
-    measured = faults.measure(worlds[0])
+def test_schoolinks_disturbed_anywhere_leaves_no_half_file(
+    tmp_path: Path, sshd_server: servers.Sshd
+) -> None:
+    sshd_server.start()
+    schools = [SchoolWorld(tmp_path / f"{number}", sshd_server) for number in range(2)]
+    with faults.closing(schools):
+        run_points(schools, {faults.SCHOOLINKS: 6})
+
+
+def test_points_are_spread_over_the_whole_run(made: Sequence[World]) -> None:
+    measured = faults.measure(made[0])
     kills = list(faults.points(faults.KILL, 40, measured, faults.random.Random(1)))
     assert {point.how for point in kills} == {"line", "bytes", "file", "time"}
     lines = [point.number for point in kills if point.how == "line"]
@@ -73,9 +87,9 @@ def test_points_are_spread_over_the_whole_run(worlds: list[faults.World]) -> Non
         assert {fault.lasting for fault in made if fault} == {False, True}
 
 
-def test_a_world_shows_what_is_lost_and_what_is_doubled(worlds: list[faults.World]) -> None:
+def test_a_world_shows_what_is_lost_and_what_is_doubled(made: Sequence[World]) -> None:
     """The harness itself: it must see what it looks for."""
-    world = worlds[0]
+    world = made[0]
     world.reset()
     assert world.lost() > 0
     assert world.run().code == 0
@@ -85,7 +99,7 @@ def test_a_world_shows_what_is_lost_and_what_is_doubled(worlds: list[faults.Worl
     epoch = world.root / "upload" / world.home.run.name
     (epoch / "ic/sp.csv").write_text("short")
     (epoch / "diff/sp.csv").unlink()
-    assert sorted(world.short_epochs()) == [
+    assert sorted(world.halves()) == [
         f"upload/{epoch.name}/{name}: missing or short" for name in ("diff/sp.csv", "ic/sp.csv")
     ]
 
@@ -193,7 +207,7 @@ def test_process_ends_where_the_database_falls_silent_for_good(
     """The driver never returns; its thread must not keep the program from ending."""
     behind.fault = proxy.Fault("stall", "down", 900, lasting=True)
     done = subprocess.run(
-        [sys.executable, "-c", faults.RUNNER, "--home", str(postgres_home.path)],
+        [sys.executable, "-c", RUNNER, "sync", "--home", str(postgres_home.path)],
         env={**os.environ, "PYTHONPATH": str(homes.SCRIPT.parent)},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip

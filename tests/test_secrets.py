@@ -126,7 +126,7 @@ def function(home: homes.Home, body: str) -> None:
     )
 
 
-def test_success_shows_no_password(home: homes.Home, leaves_no_secret: Check) -> None:
+def test_secrets_are_nowhere(home: homes.Home, leaves_no_secret: Check) -> None:
     leaves_no_secret(0)
     assert home.sis_rows() == ROWS
 
