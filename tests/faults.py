@@ -254,7 +254,10 @@ def run_points(
 ) -> list[Outcome]:
     """All points, each world taking the next one; raises what one of them raised."""
     chance = random.Random(seed)
-    measured, *_ = [measure(world) for world in made]
+    for world in made:
+        if world is made[0] or world.learns:
+            world.measured = world.measured or measure(world)
+    measured = made[0].measured
     todo: queue.SimpleQueue[Point] = queue.SimpleQueue()
     chosen = [p for kind, count in counts.items() for p in points(kind, count, measured, chance)]
     for point in sorted(chosen, key=lambda _: chance.random()):

@@ -13,7 +13,6 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -312,12 +311,11 @@ def test_read_keeps_no_absurd_size_in_memory(
 def test_load_config_of_any_shape_ends_soon(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "config.xml"
     path.write_text(text)
-    began = time.monotonic()
     with pytest.raises(sgsync.ConfigError) as caught:
         sgsync.load_config(path, "sync")
     assert reason in str(caught.value)
-    assert time.monotonic() - began < 20
-    assert len(str(caught.value)) < 10_000_000
+    assert str(caught.value).count("\nTry: ") <= sgsync.CONFIG_ERRORS
+    assert len(str(caught.value)) < 100_000
 
 
 # ------------------------------------------------------------------ SQL in data

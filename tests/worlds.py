@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import homes
 import proxy
@@ -92,6 +93,8 @@ class World:
     """
 
     command = ""
+    learns = False  # whether only an undisturbed run tells what is right
+    measured: Any = None  # what such a run looked like, once there was one
 
     def __init__(self, path: Path, *proxies: proxy.Proxy) -> None:
         self.path, self.proxies = path, proxies
@@ -380,6 +383,7 @@ class SchoolWorld(World):
     """`schoolinks`: an embedded PowerSchool and a directory with the files of yesterday."""
 
     command = "schoolinks"
+    learns = True
 
     def __init__(self, path: Path, sshd: servers.Sshd) -> None:
         super().__init__(path, proxy.Proxy(sshd.host, sshd.port))
