@@ -2209,12 +2209,15 @@ class Key:
         self._whole_row = self.indexes == tuple(range(len(columns)))
         # Where the key is the first columns as text, the keys of a block can be taken at once.
         prefix = self.indexes == tuple(range(len(self.indexes))) and not any(self._numeric)
+        self._first_columns = len(self.indexes) if prefix else 0
         pattern = rb"(" + rb"[^\0]*\0" * len(self.indexes) + rb").*\n"
         self._pattern = re.compile(pattern) if prefix and not self._whole_row else None
         self._whole_row = self._whole_row and prefix
 
     def of(self, row: bytes) -> tuple[bytes | int, ...]:
         """What a row is compared by; raises ValueError where a number is none."""
+        if self._first_columns and _BREAK not in row:
+            return tuple(row.split(b"\0", self._first_columns)[: self._first_columns])
         fields = row.split(b"\0")
         return tuple(
             _whole_number(fields[index]) if numeric else fields[index].replace(_BREAK, b"\n")
