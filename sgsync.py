@@ -2943,6 +2943,41 @@ def common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
     return same
 
 
+def key_columns(spec: SqlDiff, columns: Row) -> Row:
+    """The names of the columns that identify a row."""
+    return tuple(name.removesuffix(":int") for name in spec.key or columns)
+
+
+def key_teller(spec: SqlDiff, columns: Row) -> Callable[[Row], str]:
+    """A function that gives a row's key for a message."""
+    names = key_columns(spec, columns)
+    indexes = [columns.index(name) for name in names]
+    return lambda row: show_key(names, [row[index] for index in indexes])
+
+
+def change_columns(changes: Path) -> Row:
+    """The columns of the rows in a diff file."""
+    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
+        header = next(csv.reader(file))
+    return tuple(name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2])
+
+
+def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
+    """The rows before and after of each change of `operation` in a diff file."""
+    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
+        records = csv.reader(file)
+        end = 1 + len(next(records)) // 2
+        for record in records:
+            if record[0] == operation:
+                yield tuple(record[1:end]), tuple(record[end:])
+
+
+def changed_rows(changes: Path, operation: str) -> Iterator[Row]:
+    """The row that each change of `operation` is about: SameGoal's, of a delete the database's."""
+    for before, after in read_changes(changes, operation):
+        yield before if operation == DELETE else after
+
+
 # ---------------------------------------------------------------------- stage: limits
 
 
@@ -2992,10 +3027,9 @@ def _unapproved(changes: Path, approved: Path | None, operation: str) -> int:
 
 
 def _first_keys(changes: Path, spec: SqlDiff, operation: str) -> str:
-    columns = change_columns(changes)
-    names = [name.removesuffix(":int") for name in spec.key or columns]
-    rows = (before for before, _ in itertools.islice(read_changes(changes, operation), 3))
-    return "; ".join(show_key(names, [row[columns.index(n)] for n in names]) for row in rows)
+    tell = key_teller(spec, change_columns(changes))
+    pairs = itertools.islice(read_changes(changes, operation), 3)
+    return "; ".join(tell(before) for before, _ in pairs)
 
 
 def too_old(extract: Extract, max_age_hours: int) -> str:
@@ -3022,23 +3056,6 @@ def check_parameters(spec: SqlDiff, columns: Row) -> None:
                     f"names '{name}', which is no column of the file",
                     f"the columns are {', '.join(map(one_line, columns))}",
                 )
-
-
-def change_columns(changes: Path) -> Row:
-    """The columns of the rows in a diff file."""
-    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
-        header = next(csv.reader(file))
-    return tuple(name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2])
-
-
-def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
-    """The rows before and after of each change of `operation` in a diff file."""
-    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
-        records = csv.reader(file)
-        end = 1 + len(next(records)) // 2
-        for record in records:
-            if record[0] == operation:
-                yield tuple(record[1:end]), tuple(record[end:])
 
 
 class Failures:
@@ -3085,9 +3102,9 @@ class Applier:
 
     def bind(self, columns: Row) -> None:
         """Settle which columns are passed."""
-        key = tuple(name.removesuffix(":int") for name in self.spec.key or columns)
+        key = key_columns(self.spec, columns)
         names = self.call.parameters or (key if self.operation == DELETE else columns)
-        self.key_names, self._key = key, [columns.index(name) for name in key]
+        self._tell, self._key = key_teller(self.spec, columns), [columns.index(n) for n in key]
         self._indexes = [columns.index(name) for name in names]
 
     def apply(self, rows: Sequence[Row]) -> None:
@@ -3108,7 +3125,7 @@ class Applier:
             retried(lambda: self._batch([row]))
         except DatabaseError as error:
             masked = self._masked(error, [row])
-            key = show_key(self.key_names, [row[i] for i in self._key])
+            key = self._tell(row)
             if error.transient or is_not_about_the_row(error):
                 raise DatabaseError(
                     f"{self.spec.file}: {self.operation} of {key}: {masked.message}",
@@ -3177,8 +3194,7 @@ def apply(
             continue
         applier = Applier(database, spec, operation, failures)
         applier.bind(change_columns(changes))
-        pairs = read_changes(changes, operation)
-        rows = (before if operation == DELETE else after for before, after in pairs)
+        rows = changed_rows(changes, operation)
         for batch in batched(rows, database.settings.batch_size):
             applier.apply(batch)
             tick(len(batch))
@@ -3894,6 +3910,12 @@ class Run:
         with new_file(self.folder / SUMMARY_NAME) as file:
             file.write(json.dumps(self.summary, indent=1).encode("ascii") + b"\n")
 
+    def complete(self) -> None:
+        """Mark the run's folder as whole."""
+        path = self.folder / COMPLETE
+        with local_errors(path):
+            path.touch()
+
     def told(self) -> str:
         """The outcome in one sentence."""
         outcome, message = self.summary["outcome"], self.summary["message"]
@@ -4035,8 +4057,7 @@ def run_sync(options: argparse.Namespace) -> Run:
             conclude_applied(found, run)
             with display.stage("push") as tick:
                 push(sftp, config.sftp.upload_directory, run.folder, tick)
-            with local_errors(run.folder / COMPLETE):
-                (run.folder / COMPLETE).touch()
+            run.complete()
         prune(run.history, config.history.keep_runs, run.folder)
     return run
 
@@ -4064,8 +4085,7 @@ def run_schoolinks(options: argparse.Namespace) -> Run:
                 state = "test" if options.test else LIVE
                 upload_sections(sftp, directory, run.folder, run.summary["files"], state)
             run.conclude("complete", 0, f"{message}; uploaded to {directory}")
-            with local_errors(run.folder / COMPLETE):
-                (run.folder / COMPLETE).touch()
+            run.complete()
         if not options.test:  # else keepRuns="1" would delete what the next night is compared with
             prune(run.history, config.history.keep_runs, run.folder)
     return run
@@ -4118,8 +4138,8 @@ def diff_files(config: Config, run: Run, display: Display) -> list[tuple[SqlDiff
             counts = diff(source, database, out, spec, may_be_empty=True)
         check_parameters(spec, change_columns(changes))
         log.info("%s: %s, of them %s", spec.file, plural(counts.rows, "row"), counts)
-        for sentence_ in counts.forms:
-            log.warning("%s", sentence_)
+        for difference in counts.forms:
+            log.warning("%s", difference)
         run.summary["files"].append(
             {"file": spec.file}
             | dataclasses.asdict(counts)
@@ -4226,8 +4246,8 @@ def apply_changes(
                 apply(database, spec, changes, counts, failures, tick)
             if total:
                 log.info("%s: applied", spec.file)
-            line["failed"] = run.failed = failures.count
-            line["failed"] -= before
+            run.failed = failures.count
+            line["failed"] = failures.count - before
             line["seconds"] = round(line["seconds"] + time.monotonic() - began, 3)
     return failures
 
@@ -4253,12 +4273,9 @@ def verify_changes(
             export(database, spec, table, tick)
             with new_file(changes) as out:
                 diff(run.folder / "ia" / spec.file, table, out, spec, may_be_empty=True)
-        columns = change_columns(changes)
-        names = [name.removesuffix(":int") for name in spec.key or columns]
+        tell = key_teller(spec, change_columns(changes))
         for operation, call in spec.calls.items():
-            for old, new in read_changes(changes, operation):
-                row = old if operation == DELETE else new
-                key = show_key(names, [row[columns.index(name)] for name in names])
+            for key in map(tell, changed_rows(changes, operation)):
                 if (spec.file, operation, key) not in failures.rows:
                     runs = before.get((spec.file, operation, key), 0) + 1
                     left.append((spec.file, operation, key, call.procedure or "SQL", str(runs)))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import homes
 import schoolinks_server
 import sgsync
 from powerschool import DAY, STUDENT, PowerSchool
@@ -67,8 +67,10 @@ Row = list[str]
 # ------------------------------------------------------------------ a district
 
 
-class District:
+class District(homes.Runs):
     """A home folder, an embedded PowerSchool, and the environment that leads to both servers."""
+
+    kept = "history/schoolinks"
 
     def __init__(
         self,
@@ -167,23 +169,6 @@ class District:
 
     def without(self, file: str) -> dict[str, list[str]]:
         return self.sections()[file].without
-
-    def runs(self) -> list[Path]:
-        history = self.path / "history/schoolinks"
-        found = history.iterdir() if history.is_dir() else ()
-        return sorted(path for path in found if sgsync.EPOCH.fullmatch(path.name))
-
-    @property
-    def run(self) -> Path:
-        return self.runs()[-1]
-
-    @property
-    def log(self) -> str:
-        return (self.run / "sgi_log.txt").read_text(encoding="utf-8")
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.run / "summary.json").read_text(encoding="utf-8"))
 
     def sent(self, directory: str = "automated") -> dict[str, bytes]:
         folder = self.server.files / directory

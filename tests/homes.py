@@ -93,7 +93,32 @@ def csv_text(rows: Sequence[Row], header: str = HEADER) -> str:
     return "".join(",".join(row) + "\r\n" for row in [tuple(header.split(",")), *rows])
 
 
-class Home:
+class Runs:
+    """The runs that a home keeps, and what the newest of them tells."""
+
+    path: Path
+    kept = "history"
+
+    def runs(self) -> list[Path]:
+        """The folders of all runs, oldest first."""
+        history = self.path / self.kept
+        found = history.iterdir() if history.is_dir() else ()
+        return sorted(path for path in found if sgsync.EPOCH.fullmatch(path.name))
+
+    @property
+    def run(self) -> Path:
+        return self.runs()[-1]
+
+    @property
+    def log(self) -> str:
+        return (self.run / "sgi_log.txt").read_text(encoding="utf-8")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.run / "summary.json").read_text(encoding="utf-8"))
+
+
+class Home(Runs):
     """One district: its folder, its part of the SFTP server, its database."""
 
     def __init__(
@@ -182,27 +207,10 @@ class Home:
             stdin=subprocess.DEVNULL, cwd=cwd, env={**os.environ, **(env or {})},
         )  # fmt: skip
 
-    def runs(self) -> list[Path]:
-        """The folders of all runs, oldest first."""
-        history = self.path / "history"
-        return sorted(p for p in history.iterdir() if sgsync.EPOCH.fullmatch(p.name))
-
-    @property
-    def run(self) -> Path:
-        return self.runs()[-1]
-
     def approval(self, epoch: str) -> str:
         """The command that a held run names."""
         words = [sys.executable, str(SCRIPT), "sync", "--approve", epoch, "--home", str(self.path)]
         return subprocess.list2cmdline(words)
-
-    @property
-    def log(self) -> str:
-        return (self.run / "sgi_log.txt").read_text(encoding="utf-8")
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.run / "summary.json").read_text(encoding="utf-8"))
 
     def failed(self, code: int, *argv: str) -> str:
         """A run that must end with this exit code; returns its message.
