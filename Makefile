@@ -39,10 +39,10 @@ clean: ## removes .venv, build and caches; history/ and ssh/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 demo-packages:
-	@sh tests/install.sh $(DEMO_PACKAGES)
+	@sh tests/support/install.sh $(DEMO_PACKAGES)
 
 test-packages:
-	@sh tests/install.sh $(TEST_PACKAGES)
+	@sh tests/support/install.sh $(TEST_PACKAGES)
 
 # asyncssh in the version that tests/requirements.txt names
 $(VENV)/demo.stamp: requirements.txt tests/requirements.txt $(BIN)/python $(BIN)/pip
@@ -59,7 +59,7 @@ $(VENV)/test.stamp: requirements.txt tests/requirements.txt $(BIN)/python $(BIN)
 # Debian's python3 comes without ensurepip, which venv needs. A .venv whose Python is gone (a new
 # release of the system) is made anew.
 $(BIN)/python $(BIN)/pip &:
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh tests/install.sh python3-venv
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh tests/support/install.sh python3-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo 'Python 3.10 or newer is needed. Try: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)

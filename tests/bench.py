@@ -37,8 +37,8 @@ FOLDER = ROOT / "build" / "bench"
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
-    import servers
     import sgsync
+    from support import servers
 
 
 class BenchError(Exception):
@@ -226,7 +226,7 @@ def diff_commands(pair: tuple[Path, Path], folder: Path) -> dict[str, list[str |
     """The compared programs; each writes its changes to `<name>.csv` in `folder`."""
     files = [str(path) for path in pair]
     key = ",".join(HEADER[:KEY])
-    here = Path(__file__).parent
+    here = Path(__file__).parent / "support"
     commands: dict[str, list[str | Path]] = {
         "sgsync": [ROOT / "sgsync.py", "diff", *files, "--key", key, "--output"],
         "plain": [here / "bench_plain.py", *files],
@@ -501,7 +501,7 @@ def sync_milliseconds(folder: Path) -> float:
 
 
 def bench_calls(quick: bool) -> Iterator[Figure]:
-    import servers
+    from support import servers
 
     count, singles, rounds = (2_000, 200, 1) if quick else (20_000, 1_000, 3)
     rows = [line(number).strip().split(",") for number in range(count)]
@@ -529,7 +529,7 @@ def bench_calls(quick: bool) -> Iterator[Figure]:
 
 
 def bench_sftp(quick: bool) -> Iterator[Figure]:
-    import servers
+    from support import servers
 
     many, large, rounds = (20, 5_000_000, 1) if quick else (200, 100_000_000, 3)
     data = random.Random(1).randbytes(1 << 20)
@@ -597,7 +597,7 @@ def download_by_openssh(sshd: servers.Sshd, epoch: Path, target: Path) -> float:
 
 
 def bench_schoolinks(quick: bool) -> Iterator[Figure]:
-    import bench_schoolinks
+    from support import bench_schoolinks
 
     say("SchooLinks' queries, against two for each student")
     try:

@@ -25,9 +25,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-import homes
-import servers
 import sgsync
+from support import homes, servers
 
 settings.register_profile("sgsync", deadline=None, print_blob=True)
 settings.load_profile("sgsync")

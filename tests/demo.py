@@ -30,7 +30,7 @@ from xml.sax.saxutils import quoteattr
 
 import asyncssh
 
-import servers
+from support import servers
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "demo"
@@ -469,7 +469,7 @@ def three_nights(stage: Stage) -> list[Sight]:
 
 def schoolinks(stage: Stage) -> list[Sight]:
     """PowerSchool's rows to SchooLinks."""
-    import demo_schoolinks
+    from support import demo_schoolinks
 
     say("\n\nFrom PowerSchool to SchooLinks\n")
     try:

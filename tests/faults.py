@@ -34,10 +34,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import fuzz
-import proxy
-import servers
-from worlds import Ended, SchoolWorld, SyncWorld, World
+from support import fuzz, proxy, servers
+from support.worlds import Ended, SchoolWorld, SyncWorld, World
 
 FUZZ_CONFIG, FUZZ_CSV = "fuzz config", "fuzz csv"
 KILL, CUT_SFTP, CUT_DATABASE, STALL, SLOW = "kill", "cut sftp", "cut database", "stall", "slow"

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-import homes
-import servers
 import sgsync
+from support import homes, servers
 
 pytestmark = pytest.mark.usefixtures("short_pauses", "no_sftp")
 

@@ -21,9 +21,8 @@ import asyncssh
 import asyncssh.sftp
 import pytest
 
-import homes
-import servers
 import sgsync
+from support import homes, servers
 from test_sftp import OtherServer, session
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

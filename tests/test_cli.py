@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-import homes
 import sgsync
+from support import homes
 
 SOURCE = [
     ("1001", "2026-01-05", "LOCKED", "Ana"),

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import homes
-import servers
 import sgsync
+from support import homes, servers
 
 GOOD = """\
 <?xml version="1.0" encoding="UTF-8"?>

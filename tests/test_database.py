@@ -12,9 +12,8 @@ from typing import Any
 import pyodbc
 import pytest
 
-import homes
-import servers
 import sgsync
+from support import homes, servers
 
 pytestmark = pytest.mark.usefixtures("short_pauses", "no_sftp")
 

@@ -20,11 +20,9 @@ from pathlib import Path
 import pytest
 
 import faults
-import homes
-import proxy
-import servers
 import sgsync
-from worlds import RUNNER, SchoolWorld, SyncWorld, World
+from support import homes, proxy, servers
+from support.worlds import RUNNER, SchoolWorld, SyncWorld, World
 
 ROWS = [(str(n), "2026-01-05", "LOCKED", "Lee") for n in range(1001, 1006)]
 
@@ -133,7 +131,11 @@ def echo() -> Iterator[proxy.Proxy]:
 
 def said(made: proxy.Proxy, count: int) -> bytes | str:
     """What comes back of `count` bytes within a moment."""
-    with socket.create_connection((made.host, made.port), timeout=0.5) as client:
+    try:
+        client = socket.create_connection((made.host, made.port), timeout=0.5)
+    except ConnectionResetError:  # before connect() has returned
+        return "0, then a reset"
+    with client:
         received = b""
         try:
             client.sendall(b"x" * count)

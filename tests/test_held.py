@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-import homes
+from support import homes
 
 
 def rows(*numbers: int, status: str = "LOCKED") -> list[homes.Row]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-import homes
 import sgsync
+from support import homes
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

@@ -22,11 +22,9 @@ from typing import Any
 import oracledb
 import pytest
 
-import powerschool
-import schoolinks_server
-import servers
 import sgsync
-from districts import FILES, GPA, TODAY, District, csv_rows, populate
+from support import powerschool, schoolinks_server, servers
+from support.districts import FILES, GPA, TODAY, District, csv_rows, populate
 
 REAL = sgsync.Oracle
 LOGIN = sgsync.OracleLogin("psnavigator", "Tiger&7", "ps.example.org:1521/PSPRODDB")

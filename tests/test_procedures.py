@@ -28,7 +28,7 @@ from lxml import etree
 from sqlglot import exp
 from sqlglot.optimizer.qualify import qualify
 
-import servers
+from support import servers
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.xml"

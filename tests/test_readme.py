@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import homes
 import sgsync
+from support import homes
 
 README = homes.SCRIPT.with_name("README.md").read_text(encoding="utf-8")
 MAKEFILE = homes.SCRIPT.with_name("Makefile").read_text(encoding="utf-8")

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlglot import exp
 
-import schoolinks_server
 import sgsync
-from districts import (
+from support import schoolinks_server
+from support.districts import (
     ATTENDANCE,
     CONDITIONS,
     CONFIG,
@@ -46,7 +46,7 @@ from districts import (
     csv_rows,
     populate,
 )
-from powerschool import PowerSchool, Record
+from support.powerschool import PowerSchool, Record
 
 
 @pytest.fixture

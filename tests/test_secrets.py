@@ -18,10 +18,8 @@ from pathlib import Path
 
 import pytest
 
-import fuzz
-import homes
-import servers
 import sgsync
+from support import fuzz, homes, servers
 
 PASSWORD = "Tïger;}{ 'x\\5&<ÿ>%41+ \" end"
 PASSPHRASE = "mellon & <friend>  of 'all' \\n \"two\" €"

@@ -17,7 +17,7 @@ import paramiko
 import pyodbc
 import pytest
 
-import servers
+from support import servers
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def test_a_missing_server_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> N
 def test_servers_end_with_their_process(ending: signal.Signals, tmp_path: Path) -> None:
     """However it ends; a thread that started one may end before."""
     script = (
-        "import threading; import servers; server = servers.Sshd();"
+        "import threading; from support import servers; server = servers.Sshd();"
         "starter = threading.Thread(target=server.start); starter.start(); starter.join();"
         "print(server.port, flush=True); threading.Event().wait()"
     )

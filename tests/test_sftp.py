@@ -19,9 +19,8 @@ import asyncssh
 import paramiko
 import pytest
 
-import homes
-import servers
 import sgsync
+from support import homes, servers
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import homes
 import sgsync
+from support import homes
 
 windows = pytest.mark.skipif(sys.platform != "win32", reason="needs Windows")
 DETACHED = 0x8  # subprocess has this name on Windows only

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs those of the given Debian packages that are missing: sh tests/install.sh PACKAGE...
+# Installs those of the given Debian packages that are missing: sh tests/support/install.sh PACKAGE...
 # Where none is missing it does and prints nothing.
 set -eu
 

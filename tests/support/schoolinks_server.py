@@ -20,7 +20,7 @@ from types import TracebackType
 
 import asyncssh
 
-import servers
+from support import servers
 
 DIRECTORIES = ("automated", "other")
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import servers
 import sgsync
+from support import servers
 
 SCRIPT = Path(sgsync.__file__).resolve()
 HEADER = "studentNumber,startDate,status,manager"

@@ -20,10 +20,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import homes
-import proxy
-import servers
-from powerschool import DAY, STUDENT, PowerSchool
+from support import homes, proxy, servers
+from support.powerschool import DAY, STUDENT, PowerSchool
 
 HUNG_SECONDS = 90.0  # Far beyond every time-out that the runs have.
 
@@ -36,7 +34,7 @@ sgsync.CONNECT_SECONDS, sgsync.RETRY_SECONDS = 2.0, 0.1
 sgsync.SORT_BYTES = sgsync.BLOCK_BYTES = 4096
 left = int(os.environ.get("KILL_AT", "0"))
 if "POWERSCHOOL_FILE" in os.environ:
-    import powerschool
+    from support import powerschool
     sgsync.Oracle = powerschool.PowerSchool(os.environ["POWERSCHOOL_FILE"]).connection
 home = sys.argv[sys.argv.index("--home") + 1]
 
@@ -98,7 +96,7 @@ class World:
 
     def __init__(self, path: Path, *proxies: proxy.Proxy) -> None:
         self.path, self.proxies = path, proxies
-        folders = homes.SCRIPT.parent, Path(__file__).parent
+        folders = homes.SCRIPT.parent, Path(__file__).parents[1]
         self.environment = {"PYTHONPATH": os.pathsep.join(map(str, folders))}
 
     def close(self) -> None:

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import powerschool
 import sgsync
+from support import powerschool
 
 DAYS = 180
 FIRST_DAY = datetime.datetime(2025, 8, 20)

@@ -17,12 +17,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import powerschool  # noqa: E402
-import schoolinks_server  # noqa: E402
 import sgsync  # noqa: E402
+from support import powerschool, schoolinks_server  # noqa: E402
 
 STUDENTS = 600
 ATTENDANCE, GPA, TAGS = FILES = ("attendance_percentage.csv", "gpa.csv", "student_tags.csv")

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-import homes
-import schoolinks_server
 import sgsync
-from powerschool import DAY, STUDENT, PowerSchool
+from support import homes, schoolinks_server
+from support.powerschool import DAY, STUDENT, PowerSchool
 
 TODAY = datetime.date(2026, 2, 16)
 ATTENDANCE, GPA, TAGS = "attendance_percentage.csv", "gpa.csv", "student_tags.csv"
