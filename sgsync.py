@@ -2248,14 +2248,12 @@ class Key:
             forms.append(b"\0".join(parts) + b"\0")
         return forms
 
-    def show(self, row: bytes) -> str:
+    def show(self, row: Row) -> str:
         """A row's key for a message: `studentNumber=1001, startDate=2026-01-15`."""
-        values = [decode_row(row)[index] for index in self.indexes]
-        return show_key(self.names, [v if len(v) <= 100 else f"{v[:100]}..." for v in values])
-
-
-def show_key(names: Sequence[str], values: Sequence[str]) -> str:
-    return ", ".join(f"{one_line(n)}={one_line(v)}" for n, v in zip(names, values, strict=True))
+        return ", ".join(
+            f"{one_line(name)}={one_line(shortened(row[index], 100))}"
+            for name, index in zip(self.names, self.indexes, strict=True)
+        )
 
 
 def _whole_number(field: bytes) -> int:
@@ -2364,7 +2362,8 @@ class SortedRows:
             raise duplicate_key(self.csv_file, self.key, row, line_before, line)
         raise DataError(
             f"{self.csv_file.shown}:{line}: not sorted: line {line_before} has the key "
-            f"{self.key.show(before)}, line {line} has {self.key.show(row)}",
+            f"{self.key.show(decode_row(before))}, line {line} has "
+            f"{self.key.show(decode_row(row))}",
             "sort by the key, compared as code points (on SQL Server: ORDER BY ... COLLATE "
             'Latin1_General_BIN2), or set sort="true" (for diff: --sort)',
         )
@@ -2452,8 +2451,8 @@ def refuse_number(csv_file: CsvFile, key: Key, block: Block) -> NoReturn:
 
 def not_a_number(csv_file: CsvFile, key: Key, row: bytes, line: int) -> DataError:
     return DataError(
-        f"{csv_file.shown}:{line}: the key {key.show(row)} is no whole number where :int asks "
-        "for one",
+        f"{csv_file.shown}:{line}: the key {key.show(decode_row(row))} is not a whole number "
+        "(:int)",
         "correct the value, or drop :int from the key",
     )
 
@@ -2463,7 +2462,7 @@ def duplicate_key(
 ) -> DataError:
     return DataError(
         f"{csv_file.shown}:{line}: lines {line_before} and {line} have the same key "
-        f"{key.show(row)}",
+        f"{key.show(decode_row(row))}",
         "add the column that tells them apart to the key, or let the source give each key one row",
     )
 
@@ -2669,54 +2668,78 @@ Change = tuple[str, bytes, bytes]  # operation, canonical row before, canonical 
 
 
 @dataclasses.dataclass
-class Counts:
-    """What one comparison found."""
+class Comparison:
+    """What the comparison of one file's two sides found.
 
-    rows: int = 0  # of the source
-    database_rows: int = 0
+    `changes` is the diff file: the evidence, and all that later stages work from.
+    """
+
+    sql_diff: SqlDiff
+    columns: Row
+    key: Key
+    source_rows: int = 0
+    target_rows: int = 0
     insert: int = 0
     update: int = 0
     delete: int = 0
-    forms: list[str] = dataclasses.field(default_factory=list)  # updates that differ in form alone
+    format_differences: list[str] = dataclasses.field(default_factory=list)
+    changes: Path = Path("-")  # standard output, unless `compare` made it
 
-    def of(self, operation: str) -> int:
+    def count(self, operation: str) -> int:
         return int(getattr(self, operation))
+
+    def rows(self, operation: str) -> Iterator[Row]:
+        """The row that each change of `operation` is about: for a delete the target's."""
+        for before, after in read_changes(self.changes, operation):
+            yield before if operation == DELETE else after
+
+    def leaves_all_alone(self) -> bool:
+        """Whether nothing differs that an element of the SQLDiff is there for."""
+        return not any(map(self.count, self.sql_diff.calls))
 
     def __str__(self) -> str:
         return f"{self.insert:,} to insert, {self.update:,} to update, {self.delete:,} to delete"
 
 
+def compare(source: Path, target: Path, changes: Path, sql_diff: SqlDiff) -> Comparison:
+    """`diff` into the file `changes`, where a source of 0 bytes is one without rows."""
+    with new_file(changes) as out:
+        comparison = diff(source, target, out, sql_diff, may_be_empty=True)
+    comparison.changes = changes
+    return comparison
+
+
 def diff(
     source: Path,
-    database: Path,
+    target: Path,
     changes: BinaryIO,
-    spec: SqlDiff,
+    sql_diff: SqlDiff,
     shown: Sequence[str] = (),
     *,
     may_be_empty: bool = False,
-) -> Counts:
-    """Compare two sorted CSV files; write what makes `database` equal to `source`.
+) -> Comparison:
+    """Compare two sorted CSV files; write what makes `target` equal to `source`.
 
     `changes` gets one line a change: `operation`, then every column before (`before_name`), then
     every column after (`after_name`).  Memory is bounded whatever the size.  Raises DataError,
     whose message calls the files `shown`, else `ia/iep.csv` and `ic/iep.csv`.  With
     `may_be_empty` a source of 0 bytes is one without rows.
     """
-    shown = shown or [f"{path.parent.name}/{path.name}" for path in (source, database)]
-    with CsvFile(source, shown[0]) as ours, CsvFile(database, shown[1]) as theirs:
+    shown = shown or [f"{path.parent.name}/{path.name}" for path in (source, target)]
+    with CsvFile(source, shown[0]) as ours, CsvFile(target, shown[1]) as theirs:
         if theirs.columns and not ours.columns and may_be_empty:
             columns = theirs.columns
         else:
             check_columns(ours, theirs)
             columns = ours.columns
-        key = Key(spec.key, columns, shown[1])
+        key = Key(sql_diff.key, columns, shown[1])
         sides = []
         for file in (ours, theirs):
-            blocks = file.blocks(spec.trim, spec.null_text)
-            if spec.sort:
+            blocks = file.blocks(sql_diff.trim, sql_diff.null_text)
+            if sql_diff.sort:
                 blocks = sorted_blocks(file, blocks, key)
             sides.append(SortedRows(file, blocks, key, check_blocks=file is ours))
-        counts, forms = Counts(), FormDifferences(spec, key)
+        comparison, forms = Comparison(sql_diff, columns, key), FormDifferences(sql_diff, key)
         text = csv_text(changes)
         try:
             write = csv.writer(text).writerow
@@ -2728,13 +2751,13 @@ def diff(
                 row_after = decode_row(after) if after else nothing
                 if operation == UPDATE and forms.ignored(row_before, row_after):
                     continue
-                setattr(counts, operation, counts.of(operation) + 1)
+                setattr(comparison, operation, comparison.count(operation) + 1)
                 write([operation, *row_before, *row_after])
         finally:
             text.detach()  # else it would close `changes`, which may be standard output
-        counts.forms = forms.sentences(columns)
-        counts.rows, counts.database_rows = sides[0].rows, sides[1].rows
-    return counts
+        comparison.format_differences = forms.sentences(columns)
+        comparison.source_rows, comparison.target_rows = sides[0].rows, sides[1].rows
+    return comparison
 
 
 class FormDifferences:
@@ -2784,7 +2807,7 @@ class FormDifferences:
         ]
 
     def _example(self, index: int, kind: str, before: Row, after: Row) -> str:
-        key = show_key(self.key.names, [after[i] for i in self.key.indexes])
+        key = self.key.show(after)
         shapes = f"'{shape(before[index])}' in the database, '{shape(after[index])}' from SameGoal"
         return f"as in {key}: {shapes}; {_settled_by(kind, before[index], after[index])}"
 
@@ -2943,25 +2966,6 @@ def common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
     return same
 
 
-def key_columns(spec: SqlDiff, columns: Row) -> Row:
-    """The names of the columns that identify a row."""
-    return tuple(name.removesuffix(":int") for name in spec.key or columns)
-
-
-def key_teller(spec: SqlDiff, columns: Row) -> Callable[[Row], str]:
-    """A function that gives a row's key for a message."""
-    names = key_columns(spec, columns)
-    indexes = [columns.index(name) for name in names]
-    return lambda row: show_key(names, [row[index] for index in indexes])
-
-
-def change_columns(changes: Path) -> Row:
-    """The columns of the rows in a diff file."""
-    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
-        header = next(csv.reader(file))
-    return tuple(name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2])
-
-
 def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
     """The rows before and after of each change of `operation` in a diff file."""
     with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
@@ -2972,42 +2976,38 @@ def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
                 yield tuple(record[1:end]), tuple(record[end:])
 
 
-def changed_rows(changes: Path, operation: str) -> Iterator[Row]:
-    """The row that each change of `operation` is about: SameGoal's, of a delete the database's."""
-    for before, after in read_changes(changes, operation):
-        yield before if operation == DELETE else after
-
-
 # ---------------------------------------------------------------------- stage: limits
 
 
 def over_limits(
-    found: Sequence[tuple[SqlDiff, Counts]], limits: Limits, folder: Path, approved: Path | None
+    comparisons: Sequence[Comparison], limits: Limits, approved: Path | None
 ) -> list[str]:
     """What goes beyond the limits, one sentence a file and operation; [] where nothing does.
 
-    `folder` holds the diff files.  Changes that the diff files of the held run `approved` show do
-    not count.  A source without rows is over every limit while the database has rows.
+    Changes that the diff files in the folder `approved` show do not count.  A source without rows
+    is over every limit while the database has rows.
     """
     reasons = []
-    for spec, counts in found:
-        emptied = not counts.rows and counts.database_rows > 0
-        deletes = (DELETE, spec.max_deletes or limits.max_deletes, "maxDeletes")
+    for found in comparisons:
+        sql_diff = found.sql_diff
+        emptied = not found.source_rows and found.target_rows > 0
+        deletes = (DELETE, sql_diff.max_deletes or limits.max_deletes, "maxDeletes")
         if emptied:
             deletes = DELETE, Limit(0, percent=False), "SameGoal's file is empty, so the limit"
-        updates = (UPDATE, spec.max_updates or limits.max_updates, "maxUpdates")
+        updates = (UPDATE, sql_diff.max_updates or limits.max_updates, "maxUpdates")
         for operation, limit, name in (deletes, updates):
-            changes = counts.of(operation)
-            if limit.allows(changes, counts.database_rows):
+            changes = found.count(operation)
+            if limit.allows(changes, found.target_rows):
                 continue
-            path, shown = folder / spec.file, approved / spec.file if approved else None
-            left = _unapproved(path, shown, operation)
-            if not limit.allows(left, counts.database_rows):
+            shown = approved / sql_diff.file if approved else None
+            left = _unapproved(found.changes, shown, operation)
+            if not limit.allows(left, found.target_rows):
                 beyond = f" ({left:,} of them not approved)" if left < changes else ""
+                first = "; ".join(map(found.key.show, itertools.islice(found.rows(operation), 3)))
                 reasons.append(
-                    f"{spec.file}: {plural(changes, operation)}{beyond} of "
-                    f"{plural(counts.database_rows, 'row')}, {name} is {limit}; "
-                    f"they begin with {_first_keys(path, spec, operation)}"
+                    f"{sql_diff.file}: {plural(changes, operation)}{beyond} of "
+                    f"{plural(found.target_rows, 'row')}, {name} is {limit}; "
+                    f"they begin with {first}"
                 )
     return reasons
 
@@ -3026,12 +3026,6 @@ def _unapproved(changes: Path, approved: Path | None, operation: str) -> int:
     return sum(digest not in seen for digest in digests(changes))
 
 
-def _first_keys(changes: Path, spec: SqlDiff, operation: str) -> str:
-    tell = key_teller(spec, change_columns(changes))
-    pairs = itertools.islice(read_changes(changes, operation), 3)
-    return "; ".join(tell(before) for before, _ in pairs)
-
-
 def too_old(extract: Extract, max_age_hours: int) -> str:
     """Why an extract is stale, or ''."""
     hours = (time.time() - extract.modified) / 3600
@@ -3046,15 +3040,16 @@ def too_old(extract: Extract, max_age_hours: int) -> str:
 # ---------------------------------------------------------------------- stage: apply
 
 
-def check_parameters(spec: SqlDiff, columns: Row) -> None:
+def check_parameters(found: Comparison) -> None:
     """Raise ConfigError for a `parameters=` that names no column of the file."""
-    for operation, call in spec.calls.items():
+    sql_diff = found.sql_diff
+    for operation, call in sql_diff.calls.items():
         for name in call.parameters or ():
-            if name not in columns:
+            if name not in found.columns:
                 raise ConfigError(
-                    f"{spec.where}: <{operation.title()}> of {spec.file}: parameters= "
+                    f"{sql_diff.where}: <{operation.title()}> of {sql_diff.file}: parameters= "
                     f"names '{name}', which is no column of the file",
-                    f"the columns are {', '.join(map(one_line, columns))}",
+                    f"the columns are {', '.join(map(one_line, found.columns))}",
                 )
 
 
@@ -3096,16 +3091,14 @@ class Failures:
 class Applier:
     """Calls one procedure (or statement) for the rows of one operation, batch by batch."""
 
-    def __init__(self, database: Database, spec: SqlDiff, operation: str, failures: Failures):
+    def __init__(
+        self, database: Database, found: Comparison, operation: str, failures: Failures
+    ) -> None:
         self.database, self.operation, self.failures = database, operation, failures
-        self.spec, self.call = spec, spec.calls[operation]
-
-    def bind(self, columns: Row) -> None:
-        """Settle which columns are passed."""
-        key = key_columns(self.spec, columns)
-        names = self.call.parameters or (key if self.operation == DELETE else columns)
-        self._tell, self._key = key_teller(self.spec, columns), [columns.index(n) for n in key]
-        self._indexes = [columns.index(name) for name in names]
+        self.file, self.key = found.sql_diff.file, found.key
+        self.call = found.sql_diff.calls[operation]
+        default = found.key.names if operation == DELETE else found.columns
+        self._indexes = [found.columns.index(n) for n in self.call.parameters or default]
 
     def apply(self, rows: Sequence[Row]) -> None:
         """One batch in one transaction; where that fails, each row in one of its own."""
@@ -3114,7 +3107,7 @@ class Applier:
         except DatabaseError as error:
             if len(rows) > 1:
                 log.info("%s: a batch of %d was undone, its rows are tried one by one: %s",
-                         self.spec.file, len(rows), self._masked(error, rows).message)  # fmt: skip
+                         self.file, len(rows), self._masked(error, rows).message)  # fmt: skip
         else:
             return
         for row in rows:
@@ -3125,15 +3118,15 @@ class Applier:
             retried(lambda: self._batch([row]))
         except DatabaseError as error:
             masked = self._masked(error, [row])
-            key = self._tell(row)
+            key = self.key.show(row)
             if error.transient or is_not_about_the_row(error):
                 raise DatabaseError(
-                    f"{self.spec.file}: {self.operation} of {key}: {masked.message}",
+                    f"{self.file}: {self.operation} of {key}: {masked.message}",
                     masked.remedy,
                     sqlstate=error.sqlstate,
                 ) from None
             name = self.call.procedure or "SQL"
-            self.failures.add(self.spec.file, self.operation, key, name, masked)
+            self.failures.add(self.file, self.operation, key, name, masked)
 
     def _batch(self, rows: Sequence[Row]) -> None:
         """All rows in one transaction; it is rolled back whole at the first error."""
@@ -3160,7 +3153,7 @@ class Applier:
 
     def _masked(self, error: DatabaseError, rows: Sequence[Row]) -> DatabaseError:
         """The error without what it quotes of the rows: only the key may be told."""
-        key = {row[i] for row in rows for i in self._key}
+        key = {row[i] for row in rows for i in self.key.indexes}
         told = {one_line(value) for row in rows for value in row} - key
         message = error.message
         for value in sorted(told, key=len, reverse=True):
@@ -3176,26 +3169,23 @@ def is_not_about_the_row(error: DatabaseError) -> bool:
     )
 
 
-def apply(
-    database: Database, spec: SqlDiff, changes: Path, counts: Counts, failures: Failures, tick: Tick
-) -> None:
+def apply(database: Database, found: Comparison, failures: Failures, tick: Tick) -> None:
     """Call the procedures of a SQLDiff for the rows of its diff file: deletes, updates, inserts.
 
     The diff file is the evidence, and just what it holds is applied.
     """
+    calls = found.sql_diff.calls
     for operation in OPERATIONS:
-        if not counts.of(operation):
+        if not found.count(operation):
             continue
-        if operation not in spec.calls:
+        if operation not in calls:
             log.info(
                 "%s: %s left alone: there is no <%s>",
-                spec.file, plural(counts.of(operation), operation), operation.title(),
+                found.sql_diff.file, plural(found.count(operation), operation), operation.title(),
             )  # fmt: skip
             continue
-        applier = Applier(database, spec, operation, failures)
-        applier.bind(change_columns(changes))
-        rows = changed_rows(changes, operation)
-        for batch in batched(rows, database.settings.batch_size):
+        applier = Applier(database, found, operation, failures)
+        for batch in batched(found.rows(operation), database.settings.batch_size):
             applier.apply(batch)
             tick(len(batch))
 
@@ -4045,16 +4035,16 @@ def run_sync(options: argparse.Namespace) -> Run:
             Database(config.database) as database,
         ):
             extract = fetch_both_sides(config, sftp, database, run, display)
-            found = diff_files(config, run, display)
-            if not may_go_on(config, extract, found, run, options, approved):
+            comparisons = diff_files(config, run, display)
+            if not may_go_on(config, extract, comparisons, run, options, approved):
                 return run
-            failures = apply_changes(config, database, found, run, display)
+            failures = apply_changes(config, database, comparisons, run, display)
             if config.database.verify:
-                verify_changes(database, found, failures, run, display)
+                verify_changes(database, comparisons, failures, run, display)
             with display.stage("statements") as tick:
                 made = run_statements(database, config.statements, run.folder, tick)
             run.summary["statement_files"] = made
-            conclude_applied(found, run)
+            conclude_applied(comparisons, run)
             with display.stage("push") as tick:
                 push(sftp, config.sftp.upload_directory, run.folder, tick)
             run.complete()
@@ -4120,39 +4110,47 @@ def fetch_both_sides(
     return extract
 
 
-def diff_files(config: Config, run: Run, display: Display) -> list[tuple[SqlDiff, Counts]]:
+def diff_files(config: Config, run: Run, display: Display) -> list[Comparison]:
     """Compare every file before the first write; one line of the summary each."""
-    found = []
-    for spec in config.sql_diffs:
+    comparisons = []
+    for sql_diff in config.sql_diffs:
         began = time.monotonic()
-        source, database = (run.folder / side / spec.file for side in ("ia", "ic"))
+        source, target = (run.folder / side / sql_diff.file for side in ("ia", "ic"))
         if not source.is_file():
             there = ", ".join(sorted(p.name for p in (run.folder / "ia").iterdir())) or "none"
             raise DataError(
-                f"ia/{spec.file}: SameGoal's extract {run.summary['source_epoch']} has no such "
-                f"file ({spec.where}); it has: {there}",
+                f"ia/{sql_diff.file}: SameGoal's extract {run.summary['source_epoch']} has no such "
+                f"file ({sql_diff.where}); it has: {there}",
                 "correct file= of that <SQLDiff>, or ask SameGoal to export the file",
             )
-        changes = run.folder / "diff" / spec.file
-        with display.stage(f"diff {spec.file}"), new_file(changes) as out:
-            counts = diff(source, database, out, spec, may_be_empty=True)
-        check_parameters(spec, change_columns(changes))
-        log.info("%s: %s, of them %s", spec.file, plural(counts.rows, "row"), counts)
-        for difference in counts.forms:
+        with display.stage(f"diff {sql_diff.file}"):
+            found = compare(source, target, run.folder / "diff" / sql_diff.file, sql_diff)
+        check_parameters(found)
+        log.info("%s: %s, of them %s", sql_diff.file, plural(found.source_rows, "row"), found)
+        for difference in found.format_differences:
             log.warning("%s", difference)
         run.summary["files"].append(
-            {"file": spec.file}
-            | dataclasses.asdict(counts)
-            | {"failed": 0, "seconds": round(time.monotonic() - began, 3)}
+            file_summary(found) | {"failed": 0, "seconds": round(time.monotonic() - began, 3)}
         )
-        found.append((spec, counts))
-    return found
+        comparisons.append(found)
+    return comparisons
+
+
+def file_summary(found: Comparison) -> dict[str, object]:
+    """What summary.json tells of one comparison."""
+    return {
+        "file": found.sql_diff.file,
+        "rows": found.source_rows,
+        "database_rows": found.target_rows,
+        **{operation: found.count(operation) for operation in (INSERT, UPDATE, DELETE)},
+        "forms": found.format_differences,
+    }
 
 
 def may_go_on(
     config: Config,
     extract: Extract,
-    found: Sequence[tuple[SqlDiff, Counts]],
+    comparisons: Sequence[Comparison],
     run: Run,
     options: argparse.Namespace,
     approved: HeldRun | None,
@@ -4163,7 +4161,7 @@ def may_go_on(
     `--approve` allows it.
     """
     held_diff = approved.folder / "diff" if approved else None
-    reasons = over_limits(found, config.limits, run.folder / "diff", held_diff)
+    reasons = over_limits(comparisons, config.limits, held_diff)
     stale = too_old(extract, config.sftp.max_age_hours)
     if stale:
         run.summary["stale_epoch"] = extract.epoch
@@ -4173,14 +4171,14 @@ def may_go_on(
         log.warning("%s", reason)
     if options.dry_run:
         would = f"; it would be held: {'; '.join(reasons)}" if reasons else ""
-        run.conclude("dry run", 0, sentence(found, "would be ") + would)
+        run.conclude("dry run", 0, sentence(comparisons, "would be ") + would)
         return False
     if not reasons:
         return True
     if options.force:
         log.warning("the limits are skipped (--force)")
         return True
-    counts = ", ".join(f"{spec.file}: {counts}" for spec, counts in found)
+    counts = ", ".join(f"{found.sql_diff.file}: {found}" for found in comparisons)
     raise HeldError(
         f"held, nothing was written: {'; '.join(reasons)}. In all: {counts}",
         f"{'ask SameGoal for a newer extract; ' if stale in reasons else ''}look at diff/ in this "
@@ -4230,22 +4228,22 @@ def approval(epoch: str, options: argparse.Namespace) -> str:
 def apply_changes(
     config: Config,
     database: Database,
-    found: Sequence[tuple[SqlDiff, Counts]],
+    comparisons: Sequence[Comparison],
     run: Run,
     display: Display,
 ) -> Failures:
     """Apply the changes of every file in the order of the SQLDiff elements."""
     with Failures(run.folder / FAILURES_NAME, config.limits.max_failures) as failures:
-        for (spec, counts), line in zip(found, run.summary["files"], strict=True):
+        for found, line in zip(comparisons, run.summary["files"], strict=True):
+            file = found.sql_diff.file
             began, before = time.monotonic(), failures.count
-            total = sum(counts.of(operation) for operation in spec.calls)
-            changes = run.folder / "diff" / spec.file
+            total = sum(found.count(operation) for operation in found.sql_diff.calls)
             if total:  # It lay idle as long as the download and the diff took.
                 retried(database.revive)
-            with display.stage(f"apply {spec.file}", total) as tick:
-                apply(database, spec, changes, counts, failures, tick)
+            with display.stage(f"apply {file}", total) as tick:
+                apply(database, found, failures, tick)
             if total:
-                log.info("%s: applied", spec.file)
+                log.info("%s: applied", file)
             run.failed = failures.count
             line["failed"] = failures.count - before
             line["seconds"] = round(line["seconds"] + time.monotonic() - began, 3)
@@ -4254,7 +4252,7 @@ def apply_changes(
 
 def verify_changes(
     database: Database,
-    found: Sequence[tuple[SqlDiff, Counts]],
+    comparisons: Sequence[Comparison],
     failures: Failures,
     run: Run,
     display: Display,
@@ -4265,28 +4263,26 @@ def verify_changes(
     """
     before = _not_converged_before(run)
     left: list[Row] = []
-    for spec, counts in found:
-        if not any(counts.of(operation) for operation in spec.calls):
-            continue
-        table, changes = (run.folder / "verify" / kind / spec.file for kind in ("ic", "diff"))
-        with display.stage(f"verify {spec.file}") as tick:
-            export(database, spec, table, tick)
-            with new_file(changes) as out:
-                diff(run.folder / "ia" / spec.file, table, out, spec, may_be_empty=True)
-        tell = key_teller(spec, change_columns(changes))
-        for operation, call in spec.calls.items():
-            for key in map(tell, changed_rows(changes, operation)):
-                if (spec.file, operation, key) not in failures.rows:
-                    runs = before.get((spec.file, operation, key), 0) + 1
-                    left.append((spec.file, operation, key, call.procedure or "SQL", str(runs)))
+    for sql_diff in [found.sql_diff for found in comparisons if not found.leaves_all_alone()]:
+        file = sql_diff.file
+        table, changes = (run.folder / "verify" / kind / file for kind in ("ic", "diff"))
+        with display.stage(f"verify {file}") as tick:
+            export(database, sql_diff, table, tick)
+            again = compare(run.folder / "ia" / file, table, changes, sql_diff)
+        for operation, call in sql_diff.calls.items():
+            for key in map(again.key.show, again.rows(operation)):
+                if (file, operation, key) not in failures.rows:
+                    runs = before.get((file, operation, key), 0) + 1
+                    left.append((file, operation, key, call.procedure or "SQL", str(runs)))
     run.not_converged = len(left)
     if left:
         with csv_writer(run.folder / NOT_CONVERGED_NAME) as write:
             write([("file", "operation", "key", "procedure", "runs")])
             write(left)
     for file, operation, key, procedure, times in left:
-        again = f", {times} runs in a row: the procedure has no effect" if int(times) > 2 else ""
-        log.error("%s: %s of %s by %s did not converge%s", file, operation, key, procedure, again)
+        row = f"{file}: {operation} of {key} by {procedure}"
+        suffix = f", {times} runs in a row: the procedure has no effect" if int(times) > 2 else ""
+        log.error("%s did not converge%s", row, suffix)
 
 
 def _not_converged_before(run: Run) -> dict[tuple[str, str, str], int]:
@@ -4299,7 +4295,7 @@ def _not_converged_before(run: Run) -> dict[tuple[str, str, str], int]:
         return {(r["file"], r["operation"], r["key"]): int(r["runs"]) for r in csv.DictReader(file)}
 
 
-def conclude_applied(found: Sequence[tuple[SqlDiff, Counts]], run: Run) -> None:
+def conclude_applied(comparisons: Sequence[Comparison], run: Run) -> None:
     """The outcome of a run that has applied everything, as it is pushed."""
     problems = []
     if run.failed:
@@ -4308,20 +4304,20 @@ def conclude_applied(found: Sequence[tuple[SqlDiff, Counts]], run: Run) -> None:
         problems.append(f"{plural(run.not_converged, 'row')} did not converge, see "
                         f"{NOT_CONVERGED_NAME}")  # fmt: skip
     if problems:
-        run.conclude("partial", ROWS_FAILED, f"{'; '.join(problems)}; of {sentence(found)}")
+        run.conclude("partial", ROWS_FAILED, f"{'; '.join(problems)}; of {sentence(comparisons)}")
     else:
-        run.conclude("complete", 0, sentence(found))
+        run.conclude("complete", 0, sentence(comparisons))
 
 
-def sentence(found: Sequence[tuple[SqlDiff, Counts]], would: str = "") -> str:
+def sentence(comparisons: Sequence[Comparison], would: str = "") -> str:
     """The outcome in words: `3 rows inserted, 1 row updated, ...`, or that nothing differed."""
     totals, left = dict.fromkeys(OPERATIONS, 0), 0
-    for spec, counts in found:
+    for found in comparisons:
         for operation in OPERATIONS:
-            if operation in spec.calls:
-                totals[operation] += counts.of(operation)
+            if operation in found.sql_diff.calls:
+                totals[operation] += found.count(operation)
             else:
-                left += counts.of(operation)
+                left += found.count(operation)
     if not left and not any(totals.values()):
         return "nothing to do: both sides are equal"
     words = ((INSERT, "inserted"), (UPDATE, "updated"), (DELETE, "deleted"))
@@ -4545,10 +4541,11 @@ def run_diff(options: argparse.Namespace) -> None:
     if options.json and options.output is None:
         raise ConfigError("--json: standard output holds the changes", "name a file with --output")
     with _diff_output(options.output, files) as changes:
-        counts = diff(*files, changes, spec, [str(path) for path in files])
-    log.info("%s, %s: %s", plural(counts.rows, "row"), plural(counts.database_rows, "row"), counts)
-    options.summary |= {"outcome": "complete", "exit_code": 0, "message": str(counts)}
-    options.summary["files"] = [{"file": spec.file} | dataclasses.asdict(counts)]
+        found = diff(*files, changes, spec, [str(path) for path in files])
+    log.info("%s, %s: %s",
+             plural(found.source_rows, "row"), plural(found.target_rows, "row"), found)  # fmt: skip
+    options.summary |= {"outcome": "complete", "exit_code": 0, "message": str(found)}
+    options.summary["files"] = [file_summary(found)]
 
 
 SYNC_COLUMNS = {  # heading -> name in the summary

@@ -425,7 +425,7 @@ class Calls:
         text = CONFIG.format(connection=self.connection_string)
         (self.home / "config.xml").write_text(text, encoding="utf-8")
 
-    def write_changes(self, rows: Sequence[Sequence[str]]) -> sgsync.Counts:
+    def write_changes(self, rows: Sequence[Sequence[str]]) -> sgsync.Comparison:
         """diff/iep.csv, as sgsync makes it of rows that the database has not."""
         import sgsync
 
@@ -434,25 +434,21 @@ class Calls:
             with path.open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([HEADER, *content])
         spec = sgsync.load_config(self.home / "config.xml", "sync").sql_diffs[0]
-        with (self.home / "changes.csv").open("wb") as changes:
-            return sgsync.diff(*files, changes, spec)
+        return sgsync.compare(*files, self.home / "changes.csv", spec)
 
     def apply(self) -> float:
         """Calls a second of sgsync's own stage, its reading of the changes included."""
         import sgsync
 
         config = sgsync.load_config(self.home / "config.xml", "sync")
-        counts = self.write_changes(self.rows)
+        found = self.write_changes(self.rows)
         with (
             sgsync.Database(config.database) as database,
             sgsync.Failures(self.home / "failures.csv", 0) as failures,
         ):
             database.connect()
             began = time.perf_counter()
-            sgsync.apply(
-                database, config.sql_diffs[0], self.home / "changes.csv", counts, failures,
-                lambda _: None,
-            )  # fmt: skip
+            sgsync.apply(database, found, failures, lambda _: None)
             return len(self.rows) / (time.perf_counter() - began)
 
     def autocommit(self, count: int) -> float:

@@ -89,7 +89,7 @@ def apply_changes(changes: Rows, rows: Rows) -> Rows:
 
 def compare(
     source: Path, database: Path, key: str | None = None, **options: object
-) -> tuple[Rows, sgsync.Counts]:
+) -> tuple[Rows, sgsync.Comparison]:
     """sgsync's diff of two files."""
     names = tuple(key.split(",")) if key else None
     spec = sgsync._defaults(sgsync.SqlDiff, file="iep.csv", key=names, **options)
@@ -188,7 +188,7 @@ def test_diff_applied_to_b_gives_a(
     with sizes(block, shuffle[1] if shuffle else sgsync.SORT_BYTES):
         changes, counts = compare(*files, key, sort=bool(shuffle))
     assert changes == expected_changes(*data, key)
-    assert (counts.rows, counts.database_rows) == (len(ours), len(theirs))
+    assert (counts.source_rows, counts.target_rows) == (len(ours), len(theirs))
     assert sorted(apply_changes(changes, theirs)) == sorted(ours)
 
 
@@ -370,7 +370,7 @@ def test_diff_sees_no_difference_in_blanks_and_null_texts(
     files[1].write_text(spell([header, *worn], 2), encoding="utf-8", newline="")
     with sizes(block):
         changes, counts = compare(*files, trim=True, null_text="NULL")
-    assert (len(changes), counts.rows, counts.database_rows) == (1, len(rows), len(rows))
+    assert (len(changes), counts.source_rows, counts.target_rows) == (1, len(rows), len(rows))
 
 
 # ------------------------------------------------------------------ order and keys, to the line
@@ -440,7 +440,7 @@ def test_diff_names_the_line_of_a_key_that_is_no_number(
         compare(*files, "id:int", sort=sort)
     shown = f"{('ia', 'ic')[side]}/iep.csv"
     assert str(caught.value) == (
-        f"{shown}:5: the key id= is no whole number where :int asks for one\n"
+        f"{shown}:5: the key id= is not a whole number (:int)\n"
         "Try: correct the value, or drop :int from the key"
     )
 
@@ -448,7 +448,7 @@ def test_diff_names_the_line_of_a_key_that_is_no_number(
 def test_diff_refuses_a_single_row_whose_key_is_no_number(files: tuple[Path, Path]) -> None:
     write(files[0], "id,name")
     write(files[1], "id,name", "x,y")
-    with pytest.raises(sgsync.DataError, match=r"ic/iep\.csv:2: the key id=x is no whole number"):
+    with pytest.raises(sgsync.DataError, match=r"ic/iep\.csv:2: the key id=x is not a whole number"):
         compare(*files, "id:int")
 
 
@@ -539,7 +539,7 @@ def peak_of_diff(folder: Path, rows: int, tail: str, **options: object) -> tuple
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    assert (counts.rows, counts.database_rows) == (rows, rows)
+    assert (counts.source_rows, counts.target_rows) == (rows, rows)
     assert (counts.insert, counts.update, counts.delete) == (0, (rows + 332) // 333, 0)
     return peak, min(path.stat().st_size for path in files)
 

@@ -173,9 +173,8 @@ def test_over_limits_counts_rows_or_percent(
     for path, content in zip(paths, (source, rows(20)), strict=True):
         path.parent.mkdir()
         path.write_text(homes.csv_text(content))
-    with (tmp_path / "iep.csv").open("wb") as changes:
-        counts = sgsync.diff(*paths, changes, spec)
-    found = sgsync.over_limits([(spec, counts)], allowed, tmp_path, None)
+    comparison = sgsync.compare(*paths, tmp_path / "iep.csv", spec)
+    found = sgsync.over_limits([comparison], allowed, None)
     begin = "; they begin with studentNumber=0000"
     assert [text.split(begin)[0] for text in found] == ([f"iep.csv: {reason}"] if reason else [])
 

@@ -332,8 +332,8 @@ def check_pair(pair: Pair, folder: Path) -> str:
     applied = apply_changes(changes.getvalue(), theirs, pair)
     if applied.rows != ours.rows:
         raise WrongError("the diff applied to B does not give A")
-    if (counts.rows, counts.database_rows) != (len(ours.rows), len(theirs.rows)):
-        raise WrongError(f"counted {counts.rows} and {counts.database_rows} rows")
+    if (counts.source_rows, counts.target_rows) != (len(ours.rows), len(theirs.rows)):
+        raise WrongError(f"counted {counts.source_rows} and {counts.target_rows} rows")
     return ANSWER
 
 
