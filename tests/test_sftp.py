@@ -592,8 +592,8 @@ def age(home: homes.Home, hours: float) -> None:
 def test_download_of_a_stale_extract_is_held(home: homes.Home) -> None:
     age(home, 37.2)
     assert home.refused(6).startswith(
-        "held, nothing was written: the newest complete extract, 20260101-139029, is 37 hours old, "
-        "maxAgeHours is 36. In all: iep.csv: 2 to insert, 0 to update, 0 to delete\nTry: "
+        "nothing was written: the newest complete extract, 20260101-139029, is 37 hours old, "
+        "maxAgeHours is 36. Changes in all: iep.csv 2 to insert\nTry: ask SameGoal"
     )
     assert home.summary["outcome"] == "held"
 
