@@ -297,13 +297,13 @@ def test_read_keeps_no_absurd_size_in_memory(
     ("text", "reason"),
     [
         ("<Config>" + "<a>" * 100_000, "not well-formed XML"),
-        ("<Config>" + "<a>" * 200 + "</a>" * 200 + "</Config>", "<a>: is not known inside"),
-        (f'<Config><SFTP host="{"h" * 9_000_000}"/></Config>', "<SFTP>: lacks the attribute"),
+        ("<Config>" + "<a>" * 200 + "</a>" * 200 + "</Config>", "<a>: unknown element in"),
+        (f'<Config><SFTP host="{"h" * 9_000_000}"/></Config>', "<SFTP>: has no attribute"),
         (f'<Config><SFTP {"h" * 9_000_000}="1"/></Config>', "config.xml:1: "),
-        (f"<Config><{'h' * 40_000}/></Config>", "is not known inside <Config>"),
-        ("<Config>" + "<SQLDiff/>" * 300_000 + "</Config>", "is not known inside <Config>"),
+        (f"<Config><{'h' * 40_000}/></Config>", "unknown element in <Config>"),
+        ("<Config>" + "<SQLDiff/>" * 300_000 + "</Config>", "unknown element in <Config>"),
         ("<Config>" + "<!-- x -->" * 300_000 + "</Config>", "has no <SFTP> element"),
-        ("<Config " + " ".join(f'a{n}="1"' for n in range(20_000)) + "/>", "is not known"),
+        ("<Config " + " ".join(f'a{n}="1"' for n in range(20_000)) + "/>", "unknown attribute"),
     ],
     ids=["open", "deep", "value", "name", "element", "many", "comments", "attributes"],
 )
@@ -311,7 +311,7 @@ def test_load_config_of_any_shape_ends_soon(tmp_path: Path, text: str, reason: s
     path = tmp_path / "config.xml"
     path.write_text(text)
     with pytest.raises(sgsync.ConfigError) as caught:
-        sgsync.load_config(path, "sync")
+        sgsync.load_config(path, sgsync.SyncConfig)
     assert reason in str(caught.value)
     assert str(caught.value).count("\nTry: ") <= sgsync.CONFIG_ERRORS
     assert len(str(caught.value)) < 100_000

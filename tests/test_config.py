@@ -50,15 +50,19 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEST_UNSET", raising=False)
 
 
-def load(path: Path, content: str | bytes, command: str = "sync") -> sgsync.Config:
+def written(path: Path, content: str | bytes) -> Path:
     path = path / "config.xml"
     path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return sgsync.load_config(path, command)
+    return path
 
 
-def error(path: Path, content: str | bytes, command: str = "sync") -> str:
+def load(path: Path, content: str | bytes) -> sgsync.SyncConfig:
+    return sgsync.load_config(written(path, content), sgsync.SyncConfig)
+
+
+def error(path: Path, content: str | bytes, wanted: type[sgsync.Config] = sgsync.SyncConfig) -> str:
     with pytest.raises(sgsync.ConfigError) as caught:
-        load(path, content, command)
+        sgsync.load_config(written(path, content), wanted)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -182,7 +186,7 @@ def test_load_config_reads_encodings(
     assert config.sql_diffs[0].calls["insert"].procedure == "dbo.[Schüler]"
     assert (config.sql_diffs[0].query, config.sql_diffs[0].where) == ("'é'", "config.xml:11")
     assert error(tmp_path, text.replace("sg_iep_delete", "sg iep").encode(encoding)) == (
-        "config.xml:16: <Delete procedure>: 'dbo.sg iep' is not the name of a procedure, such as "
+        "config.xml:16: <Delete procedure>: 'dbo.sg iep' is not a valid procedure name such as "
         "dbo.sg_iep_upsert\nTry: correct the value"
     )
 
@@ -192,76 +196,76 @@ def test_load_config_reads_encodings(
 NUMBER = "is not a whole number from"
 LIMIT = "is neither a number of rows (25) nor a percentage from 0% to 100%"
 CORRECT = "correct the value"
-NOT_BOTH = "needs a procedure or one SQL statement, and not both"
+NOT_BOTH = "needs a procedure or one SQL statement, but not both"
 WRITE_ONE = 'write procedure="dbo.name", or parameters="a,b" and SQL with a ? for each'
-NAME_EACH = 'name one column for each ? in order, parameters="a,b"'
+NAME_EACH = 'name one column for each ?, in order: parameters="a,b"'
 
 MISTAKES = {
     # unknown names
     "unknown element": (
         ("<History keepRuns", "<Histroy keepRuns"),
-        "9: <Histroy>: is not known inside <Config>",
+        "9: <Histroy>: unknown element in <Config>",
         "write History",
     ),
     "unknown element, far from all": (
         ("<Query>SELECT 1</Query>", "<Query>SELECT 1</Query><Zebra/>"),
-        "13: <Zebra>: is not known inside <SQLDiff>",
-        "known are Query, Insert, Update, Delete",
+        "13: <Zebra>: unknown element in <SQLDiff>",
+        "use one of Query, Insert, Update, Delete",
     ),
     "element in other case": (
         ("<History keepRuns", "<history keepRuns"),
-        "9: <history>: is not known inside <Config>",
+        "9: <history>: unknown element in <Config>",
         "write History",
     ),
     "element where none may be": (
         ('<History keepRuns="365"/>', '<History keepRuns="365"><Query/></History>'),
-        "9: <Query>: is not known inside <History>",
+        "9: <Query>: unknown element in <History>",
         "delete it",
     ),
     "element in SQL": (
         ("SELECT 1", "SELECT 1 <b/>"),
-        "13: <b>: is not known inside <Query>",
+        "13: <b>: unknown element in <Query>",
         "delete it",
     ),
     "unknown attribute": (
         ('batchSize="500"', 'batchsize="500"'),
-        "7: <Database batchsize>: is not known",
+        "7: <Database batchsize>: unknown attribute",
         "write batchSize",
     ),
     "unknown attribute, misspelled": (
         ('username="district.example.org"', 'username="x" pasphrase="p"'),
-        "4: <SFTP pasphrase>: is not known",
+        "4: <SFTP pasphrase>: unknown attribute",
         "write passphrase",
     ),
     "unknown attribute, far from all": (
         ('keepRuns="365"', 'keepRuns="365" zz="1"'),
-        "9: <History zz>: is not known",
-        "known are keepRuns",
+        "9: <History zz>: unknown attribute",
+        "use one of keepRuns",
     ),
     "attribute where none may be": (
         ("<Download>", '<Download file="x.csv">'),
-        "10: <Download file>: is not known",
+        "10: <Download file>: unknown attribute",
         "delete it",
     ),
     "attribute of the outermost element": (
         ("<Config>", '<Config version="1">'),
-        "2: <Config version>: is not known",
+        "2: <Config version>: unknown attribute",
         "delete it",
     ),
     "attribute of a namespace": (
         ("<Download>", '<Download xml:lang="en">'),
-        "10: <Download {http://www.w3.org/XML/1998/namespace}lang>: is not known",
+        "10: <Download {http://www.w3.org/XML/1998/namespace}lang>: unknown attribute",
         "delete it",
     ),
     # repeated, stray, missing
     "repeated element": (
         ("<Download>", '<History keepRuns="365"/>\n<Download>'),
-        "10: <History>: stands there twice",
+        "10: <History>: appears more than once",
         "keep one of them",
     ),
     "repeated element in SQLDiff": (
         ("<Query>SELECT 1</Query>", "<Query>SELECT 1</Query>\n<Query>SELECT 1</Query>"),
-        "14: <Query>: stands there twice",
+        "14: <Query>: appears more than once",
         "keep one of them",
     ),
     "stray text": (
@@ -277,17 +281,17 @@ MISTAKES = {
     "missing element": (
         ("<SFTP host", "<!-- <SFTP host", '${env:TEST_PASSPHRASE}"/>', '"/> -->'),
         "2: <Config>: has no <SFTP> element",
-        "take <SFTP> from the template",
+        "copy <SFTP> from the config.xml that came with sgsync",
     ),
     "missing attribute": (
         ('username="district.example.org"', ""),
-        "3: <SFTP>: lacks the attribute username",
+        "3: <SFTP>: has no attribute username",
         'add username="..."',
     ),
     "no SQLDiff": (
         (GOOD[GOOD.index("    <SQLDiff") : GOOD.index("  </Download")], ""),
         "10: <Download>: has no <SQLDiff> element",
-        "take one from the template",
+        "copy one from the config.xml that came with sgsync",
     ),
     "no Query": (
         ("<Query>SELECT 1</Query>", ""),
@@ -301,7 +305,7 @@ MISTAKES = {
     ),
     "empty SQL": (
         ("SELECT 2", " "),
-        "21: <SQL>: holds no SQL",
+        "21: <SQL>: contains no SQL",
         "write the statement, or delete <SQL>",
     ),
     # values
@@ -390,17 +394,17 @@ MISTAKES = {
     ),
     "key that is no column": (
         ('key="studentNumber,startDate"', 'key=":int"'),
-        "12: <SQLDiff key>: ':int' has ':int' without the name of a column",
+        "12: <SQLDiff key>: ':int' has ':int' without a column name",
         CORRECT,
     ),
-    "date form": (
+    "date format": (
         ('key="studentNumber,startDate"', 'dateFormat="MM/DD/YYYY"'),
-        "12: <SQLDiff dateFormat>: 'MM/DD/YYYY' is not a date form such as %m/%d/%Y",
+        "12: <SQLDiff dateFormat>: 'MM/DD/YYYY' is not a date format such as %m/%d/%Y",
         CORRECT,
     ),
     "name of a procedure with SQL in it": (
         ('procedure="dbo.sg_iep_upsert"', 'procedure="dbo.p; DROP TABLE t"'),
-        "14: <Insert procedure>: 'dbo.p; DROP TABLE t' is not the name of a procedure, such as "
+        "14: <Insert procedure>: 'dbo.p; DROP TABLE t' is not a valid procedure name such as "
         "dbo.sg_iep_upsert",
         CORRECT,
     ),
@@ -438,38 +442,38 @@ MISTAKES = {
     # TODO, variables, placeholders
     "TODO in an attribute": (
         ('username="district.example.org"', 'username="TODO(user)"'),
-        "4: <SFTP username>: still holds TODO(user)",
-        "replace it by your own value",
+        "4: <SFTP username>: still contains TODO(user)",
+        "replace it with your own value",
     ),
     "TODO in SQL": (
         ("SELECT 2", "SELECT TODO(user)"),
-        "21: <SQL>: still holds TODO(user)",
-        "replace it by your own value",
+        "21: <SQL>: still contains TODO(user)",
+        "replace it with your own value",
     ),
     "unset variable": (
         ("${env:TEST_PASSPHRASE}", "${env:TEST_UNSET}"),
         "5: <SFTP passphrase>: the environment variable TEST_UNSET is not set",
-        "set it for the account that runs sgsync, and start sgsync anew",
+        "set it for the account that runs sgsync, then start sgsync again",
     ),
     "placeholder without its kind": (
         ("${env:TEST_PASSPHRASE}", "${TEST_PASSPHRASE}"),
-        "5: <SFTP passphrase>: '${TEST_PASSPHRASE}' is no placeholder",
-        "write ${env:NAME} or ${keyring:NAME}",
+        "5: <SFTP passphrase>: '${TEST_PASSPHRASE}' is not a valid placeholder",
+        "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
     ),
     "placeholder of another kind": (
         ("${env:TEST_PASSPHRASE}", "${vault:TEST_PASSPHRASE}"),
-        "5: <SFTP passphrase>: '${vault:TEST_PASSPHRASE}' is no placeholder",
-        "write ${env:NAME} or ${keyring:NAME}",
+        "5: <SFTP passphrase>: '${vault:TEST_PASSPHRASE}' is not a valid placeholder",
+        "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
     ),
     "placeholder without a name": (
         ("${env:TEST_PASSPHRASE}", "${env:}"),
-        "5: <SFTP passphrase>: '${env:}' is no placeholder",
-        "write ${env:NAME} or ${keyring:NAME}",
+        "5: <SFTP passphrase>: '${env:}' is not a valid placeholder",
+        "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
     ),
     "placeholder without its end": (
         ("${env:TEST_PASSPHRASE}", "${env:TEST_PASSPHRASE"),
-        "5: <SFTP passphrase>: '${env:TEST_PASSPHRASE' is no placeholder",
-        "write ${env:NAME} or ${keyring:NAME}",
+        "5: <SFTP passphrase>: '${env:TEST_PASSPHRASE' is not a valid placeholder",
+        "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
     ),
     "variable with a wrong value": (
         ('port="22"', 'port="${env:TEST_PASSWORD}"'),
@@ -479,12 +483,12 @@ MISTAKES = {
     # files
     "file taken": (
         ("    <SQL>", '    <SQL file="OPEN_records.csv">SELECT 3</SQL>\n    <SQL>'),
-        "22: <SQL file>: 'open_records.csv' is taken already",
+        "22: <SQL file>: 'open_records.csv' is already in use",
         "choose another name",
     ),
     "file of the failures": (
         ('"open_records.csv"', '"Failures.csv"'),
-        "21: <SQL file>: 'Failures.csv' is taken already",
+        "21: <SQL file>: 'Failures.csv' is already in use",
         "choose another name",
     ),
 }
@@ -501,7 +505,7 @@ def test_load_config_refuses_two_diffs_of_one_file(tmp_path: Path) -> None:
     begin, end = GOOD.index("    <SQLDiff"), GOOD.index("  </Download")
     text = GOOD[:end] + GOOD[begin:end].replace("iep.csv", "IEP.csv") + GOOD[end:]
     assert error(tmp_path, text) == (
-        "config.xml:18: <SQLDiff file>: 'IEP.csv' is taken already\nTry: choose another name"
+        "config.xml:18: <SQLDiff file>: 'IEP.csv' is already in use\nTry: choose another name"
     )
 
 
@@ -519,12 +523,12 @@ PATH = 'contains a path or one of \\ / : * ? " < > |'
         ("C:\\iep.csv", PATH),
         ("iep.csv:stream", PATH),
         ("iep?.csv", PATH),
-        ("i\u200bep.csv", "contains a character that cannot be printed"),
-        ("iep.csv&#10;", "contains a character that cannot be printed"),
-        (" iep.csv", "begins with a blank or ends with a blank or a dot"),
-        ("iep.csv.", "begins with a blank or ends with a blank or a dot"),
-        ("CON.csv", "is the name of a device on Windows"),
-        ("lpt1.x.csv", "is the name of a device on Windows"),
+        ("i\u200bep.csv", "contains an unprintable character"),
+        ("iep.csv&#10;", "contains an unprintable character"),
+        (" iep.csv", "starts or ends with a space, or ends with a period"),
+        ("iep.csv.", "starts or ends with a space, or ends with a period"),
+        ("CON.csv", "is a device name on Windows"),
+        ("lpt1.x.csv", "is a device name on Windows"),
         ("iep.txt", "no .csv"),
     ],
 )
@@ -547,16 +551,16 @@ def test_load_config_tells_all_mistakes_in_the_order_of_lines(tmp_path: Path) ->
     told = [line for line in error(tmp_path, text).split("\n") if not line.startswith("Try: ")]
     assert told == [
         "config.xml:3: <SFTP port>: 'x' is not a whole number from 1 to 65535",
-        "config.xml:3: <SFTP>: lacks the attribute username",
-        "config.xml:4: <SFTP user>: is not known",
+        "config.xml:3: <SFTP>: has no attribute username",
+        "config.xml:4: <SFTP user>: unknown attribute",
         "config.xml:5: <SFTP passphrase>: the environment variable TEST_UNSET is not set",
         "config.xml:6: <Database connectionString>: the environment variable TEST_UNSET is not set",
-        "config.xml:6: <Database connectionString>: '${x}' is no placeholder",
-        "config.xml:7: <Database batch>: is not known",
+        "config.xml:6: <Database connectionString>: '${x}' is not a valid placeholder",
+        "config.xml:7: <Database batch>: unknown attribute",
         "config.xml:11: <SQLDiff>: has no <Query> with SQL in it",
         "config.xml:12: <SQLDiff key>: 'a,a' names the column 'a' twice",
-        "config.xml:13: <Qery>: is not known inside <SQLDiff>",
-        "config.xml:21: <SQL>: still holds TODO(user)",
+        "config.xml:13: <Qery>: unknown element in <SQLDiff>",
+        "config.xml:21: <SQL>: still contains TODO(user)",
     ]
 
 
@@ -577,10 +581,10 @@ def test_load_config_forgives_what_the_command_does_not_use(tmp_path: Path) -> N
     schoolinks = '  <SchooLinks directory="TODO(user)" grades="${env:TEST_UNSET}"/>\n</Config>'
     assert load(tmp_path, changed("</Config>", schoolinks)).sftp.host == "sftp.example.org"
     text = changed("</Config>", schoolinks, 'host="sftp.example.org"', 'host="TODO(user)"')
-    told = error(tmp_path, text, "schoolinks")
+    told = error(tmp_path, text, sgsync.SchooLinksConfig)
     assert "<SFTP" not in told
     for place, reason in (
-        ("directory", "still holds TODO(user)"),
+        ("directory", "still contains TODO(user)"),
         ("grades", "the environment variable TEST_UNSET is not set"),
     ):
         assert f"config.xml:23: <SchooLinks {place}>: {reason}\nTry: " in told
@@ -589,11 +593,12 @@ def test_load_config_forgives_what_the_command_does_not_use(tmp_path: Path) -> N
 # ------------------------------------------------------------------ mistakes in the file
 
 LOOK = (
-    "Try: look at that line and the one above for a missing quote, bracket or end tag; "
+    "Try: check that line and the one above it for a missing quote, bracket or end tag; "
     "write & as &amp; and < as &lt; in attributes, and SQL inside <![CDATA[ ... ]]>"
 )
 DOCTYPE = (
-    "has a DOCTYPE, which is refused (it can read other files)\nTry: delete it: <!DOCTYPE ...>"
+    "contains a DOCTYPE, which is not allowed (it could read other files)\n"
+    "Try: delete the <!DOCTYPE ...>"
 )
 
 
@@ -631,7 +636,9 @@ def test_load_config_refuses_bytes_that_are_not_in_the_declared_encoding(tmp_pat
 
 def test_load_config_does_not_quote_a_password_that_breaks_the_xml(tmp_path: Path) -> None:
     told = error(tmp_path, changed("${env:TEST_PASSWORD}", "r&sesame;7"))
-    assert told.startswith("config.xml:6: not well-formed XML: a & that begins no entity (column ")
+    assert told.startswith(
+        "config.xml:6: not well-formed XML: a & that does not start an entity (column "
+    )
     assert "sesame" not in told
 
 
@@ -665,12 +672,12 @@ def test_load_config_reads_the_word_doctype_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("root", ["config", "Config2", "html"])
 def test_load_config_refuses_another_outermost_element(tmp_path: Path, root: str) -> None:
     assert error(tmp_path, f"<!-- -->\n<{root}\n/>") == (
-        f"config.xml:2: the outermost element is <{root}>, not <Config>\n"
+        f"config.xml:2: the root element is <{root}>, not <Config>\n"
         "Try: start from the config.xml that came with sgsync"
     )
 
 
-WHICH = "Try: give the folder that holds config.xml with --home, or the file with --config"
+WHICH = "Try: name the folder that holds config.xml with --home, or the file with --config"
 
 
 def test_load_config_tells_of_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -681,7 +688,7 @@ def test_load_config_tells_of_a_file_that_cannot_be_read(tmp_path: Path) -> None
         (tmp_path / "file/config.xml", "No such file or directory|Not a directory"),
     ):
         with pytest.raises(sgsync.ConfigError) as caught:
-            sgsync.load_config(path, "sync")
+            sgsync.load_config(path, sgsync.SyncConfig)
         pattern = rf"{re.escape(str(path))}: cannot be read: ({reason})\n{re.escape(WHICH)}"
         assert re.fullmatch(pattern, str(caught.value))
 
@@ -692,7 +699,7 @@ def test_load_config_tells_of_a_file_that_it_may_not_read(tmp_path: Path) -> Non
     path = tmp_path / "config.xml"
     path.touch(mode=0)
     with pytest.raises(sgsync.ConfigError) as caught:
-        sgsync.load_config(path, "sync")
+        sgsync.load_config(path, sgsync.SyncConfig)
     assert str(caught.value) == f"{path}: cannot be read: Permission denied\n{WHICH}"
 
 
@@ -702,8 +709,8 @@ def test_load_config_refuses_a_file_of_any_size(
     monkeypatch.setattr(sgsync, "CONFIG_BYTES", 1000)
     path = tmp_path / "config.xml"
     assert error(tmp_path, GOOD.ljust(2000)) == (
-        f"{path}: is larger than 1,000 bytes, so it is no configuration\n"
-        "Try: give the right file with --config"
+        f"{path}: is larger than 1,000 bytes, too large for a configuration file\n"
+        "Try: name the right file with --config"
     )
 
 
@@ -829,12 +836,15 @@ def test_load_config_tells_of_a_keyring_without_the_entry(
     assert error(tmp_path, KEYRING) == f"{place} empty\nTry: store it: keyring set sgsync sftp_key"
     keyring(monkeypatch, None)
     assert error(tmp_path, KEYRING) == (
-        f"{place} not set\n"
-        "Try: make the password store available (the store is locked), or write ${env:NAME}"
+        "config.xml:5: <SFTP passphrase>: the keyring entry sftp_key cannot be read: the store is "
+        "locked\nTry: make the system's password store available to this account, or use "
+        "${env:NAME} or ${file:PATH} instead"
     )
     monkeypatch.setitem(sys.modules, "keyring", None)
     assert error(tmp_path, KEYRING) == (
-        f"{place} not set\nTry: pip install keyring, or write ${{env:NAME}}"
+        "config.xml:5: <SFTP passphrase>: the keyring entry sftp_key cannot be read: the keyring "
+        "package is not installed\nTry: pip install keyring, or use ${env:NAME} or ${file:PATH} "
+        "instead"
     )
 
 
@@ -844,7 +854,7 @@ def test_load_config_tells_of_an_empty_variable(
     monkeypatch.setenv("TEST_PASSPHRASE", "")
     assert error(tmp_path, GOOD) == (
         "config.xml:5: <SFTP passphrase>: the environment variable TEST_PASSPHRASE is empty\n"
-        "Try: set it for the account that runs sgsync, and start sgsync anew"
+        "Try: set it for the account that runs sgsync, then start sgsync again"
     )
 
 
@@ -886,15 +896,15 @@ def test_load_config_tells_what_is_to_be_filled_in_the_template(
     monkeypatch.delenv("SIS_DB_PASSWORD", raising=False)
     unset = (
         r"config.xml:\d+: <Database connectionString>: the environment variable SIS_DB_PASSWORD is "
-        r"not set\nTry: set it for the account that runs sgsync, and start sgsync anew"
+        r"not set\nTry: set it for the account that runs sgsync, then start sgsync again"
     )
     assert len(re.findall(unset, error(tmp_path, TEMPLATE.read_bytes()))) == 1
     monkeypatch.setenv("SIS_DB_PASSWORD", "swordfish")
     told = error(tmp_path, TEMPLATE.read_bytes())
     lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
     places = re.findall(
-        r"config.xml:(\d+): <(\w+) (\w+)>: still holds TODO\(user\)\n"
-        r"Try: replace it by your own value(?:\n|$)",
+        r"config.xml:(\d+): <(\w+) (\w+)>: still contains TODO\(user\)\n"
+        r"Try: replace it with your own value(?:\n|$)",
         told,
     )
     assert [(tag, name) for _, tag, name in places] == [
@@ -955,12 +965,12 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=damaged(), command=st.sampled_from(["sync", "schoolinks"]))
+@given(content=damaged(), wanted=st.sampled_from([sgsync.SyncConfig, sgsync.SchooLinksConfig]))
 def test_load_config_loads_or_raises_configerror(
-    tmp_path: Path, content: bytes, command: str
+    tmp_path: Path, content: bytes, wanted: type[sgsync.Config]
 ) -> None:
     try:
-        config = load(tmp_path, content, command)
+        config = sgsync.load_config(written(tmp_path, content), wanted)
     except sgsync.ConfigError as caught:
         lines = str(caught).split("\n")
         assert all(re.match(r"config\.xml:\d+: ", line) for line in lines[::2]), lines
@@ -969,4 +979,4 @@ def test_load_config_loads_or_raises_configerror(
         assert numbers == sorted(numbers)
         assert max(numbers) <= content.count(b"\n") + 2
     else:
-        assert isinstance(config, sgsync.Config)
+        assert isinstance(config, wanted)

@@ -192,10 +192,10 @@ def test_a_row_whose_error_quotes_passwords_shows_none(
 def test_a_traceback_shows_no_password(
     leaves_no_secret: Check,
     monkeypatch: pytest.MonkeyPatch,
-    raised: Callable[[sgsync.Config], Exception],
+    raised: Callable[[sgsync.SyncConfig], Exception],
     code: int,
 ) -> None:
-    def fail(config: sgsync.Config, *_: object) -> None:
+    def fail(config: sgsync.SyncConfig, *_: object) -> None:
         try:
             raise RuntimeError(config.sftp.passphrase + config.database.connection_string)
         except RuntimeError as error:
@@ -282,7 +282,7 @@ def test_passwords_with_any_character_break_no_xml_that_would_show_them(tmp_path
 
 def _message(path: Path) -> str:
     try:
-        sgsync.load_config(path, "sync")
+        sgsync.load_config(path, sgsync.SyncConfig)
     except sgsync.ConfigError as error:
         return str(error)
     return ""

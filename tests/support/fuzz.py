@@ -156,9 +156,9 @@ def check_config(raw: bytes, folder: Path) -> str:
     path = folder / "config.xml"
     path.write_bytes(raw)
     results = []
-    for command in ("sync", "schoolinks"):
+    for wanted in (sgsync.SyncConfig, sgsync.SchooLinksConfig):
         try:
-            sgsync.load_config(path, command)
+            sgsync.load_config(path, wanted)
             results.append(ANSWER)
         except sgsync.Error as error:
             check_error(error, 2)
@@ -307,8 +307,7 @@ def check_pair(pair: Pair, folder: Path) -> str:
     paths = [folder / "a.csv", folder / "b.csv"]
     for path, content in zip(paths, (pair.source, pair.database), strict=True):
         path.write_bytes(content)
-    spec = sgsync._defaults(
-        sgsync.SqlDiff, file="a.csv", key=pair.key, sort=pair.sort, trim=pair.trim,
+    spec = sgsync.SqlDiff(file="a.csv", key=pair.key, sort=pair.sort, trim=pair.trim,
         null_text=pair.null_text,
     )  # fmt: skip
     changes = io.BytesIO()
