@@ -33,6 +33,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import decimal
 import difflib
 import functools
 import io
@@ -290,6 +291,11 @@ class Parse:
     procedure = matching(
         rf"{_PART}(?:\.{_PART}){{0,3}}", "is not a valid procedure name such as dbo.sg_iep_upsert"
     )
+    web_address = matching(r"(?i:https?)://[^\s/?#]\S*", "is not an http:// or https:// address")
+    address = matching(
+        r"[A-Za-z][A-Za-z0-9+.-]*://.*\S.*", "is not an address that starts with mailto://, "
+        "https:// or such",
+    )  # fmt: skip
 
     @staticmethod
     def integer(low: int, high: int) -> Callable[[str], int]:
@@ -299,6 +305,12 @@ class Parse:
             return int(value)
 
         return parse
+
+    @staticmethod
+    def factor(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,4}(?:\.[0-9]{1,6})?", value) or not 1 <= float(value) <= 1000:
+            raise ValueError("is not a factor from 1 to 1000 such as 5 or 2.5")
+        return float(value)
 
     @staticmethod
     def boolean(value: str) -> bool:
@@ -337,7 +349,8 @@ class Parse:
     def columns(value: str) -> Row:
         """Names, no two of them the same."""
         names = Parse.names(value)
-        if repeated := next((name for name in names if names.count(name) > 1), None):
+        counts = collections.Counter(names)
+        if repeated := next((name for name, count in counts.items() if count > 1), None):
             raise ValueError(f"names the column '{shortened(repeated)}' twice")
         return names
 
@@ -350,6 +363,16 @@ class Parse:
             raise ValueError("has ':int' without a column name")
         Parse.columns(",".join(plain))
         return names
+
+    @staticmethod
+    def tolerance(value: str) -> tuple[tuple[str, decimal.Decimal], ...]:
+        amount = r"(.*\S)\s*:\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+        found = [re.fullmatch(amount, pair) for pair in Parse.names(value)]
+        pairs = tuple((match[1], decimal.Decimal(match[2])) for match in found if match)
+        if len(pairs) < len(found) or not all(number for _, number in pairs):
+            raise ValueError("is not a list of columns and amounts such as gpa:0.005,hours:0.1")
+        Parse.columns(",".join(name for name, _ in pairs))
+        return pairs
 
     @staticmethod
     def grades(value: str) -> tuple[int, ...]:
@@ -365,6 +388,15 @@ class Parse:
                 day = datetime.date.fromisoformat(f"2001-{value}")
                 return day.month, day.day
         raise ValueError("is not a month and a day such as 07-01")
+
+    @staticmethod
+    def day(value: str) -> str:
+        """A date, or a day of every year, as it is written: texts sort like the days."""
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(r"(?:[0-9]{4}-)?[0-9]{2}-[0-9]{2}", value):
+                datetime.date.fromisoformat(value if len(value) == 10 else f"2000-{value}")
+                return value
+        raise ValueError("is not a date such as 2027-07-20, or 07-20 for every year")
 
     @staticmethod
     def date_format(value: str) -> str:
@@ -430,10 +462,10 @@ class Element:
         yield from ()
 
 
-# ---------------------------------------------------------------------- configuration: Config
+# ---------------------------------------------------------------------- configuration: SqlDiff
 
 # Given: the values of attributes.
-# Gives: a dataclass for each element, one for what each command uses, and the table of elements.
+# Gives: a dataclass for each element of config.xml that has attributes.
 # Raises: nothing; `problems` tells what does not fit together.
 
 
@@ -471,10 +503,17 @@ class DatabaseSettings(Element):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits(Element):
-    """<Limits>."""
+    """<Limits>: what one run may change in each file.
+
+    A first load inserts every row, so a percentage in `max_inserts`, here or on an <SQLDiff>,
+    applies only where the database has at least `min_rows` rows; a number of rows always applies.
+    """
 
     max_deletes: Limit = attribute(Parse.limit, "10%")
     max_updates: Limit = attribute(Parse.limit, "50%")
+    max_inserts: Limit | None = attribute(Parse.limit, None)
+    min_rows: int = attribute(Parse.integer(0, 1_000_000_000), "200")
+    usual: float | None = attribute(Parse.factor, None)  # How many times the usual changes.
     max_failures: int = attribute(Parse.integer(0, 1_000_000), "25")
 
 
@@ -483,6 +522,46 @@ class History(Element):
     """<History>."""
 
     keep_runs: int = attribute(Parse.integer(1, 100_000), "365")
+    report_keys: bool = attribute(Parse.boolean, "true")  # Whether report.html shows keys of rows.
+    metrics: str | None = attribute(Parse.text, None)  # A file, relative to the home folder.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pause(Element):
+    """<Pause>: the days, the first and the last included, on which nothing runs.
+
+    Either two dates (2027-07-20) or two days of every year (07-20), then also across New Year.
+    """
+
+    from_: str = attribute(Parse.day)
+    to: str = attribute(Parse.day)
+    why: str = attribute(Parse.anything, "")
+
+    def covers(self, day: datetime.date) -> bool:
+        text = f"{day:%Y-%m-%d}"[-len(self.to) :]
+        if self.from_ <= self.to:
+            return self.from_ <= text <= self.to
+        return text >= self.from_ or text <= self.to
+
+    def problems(self) -> Iterator[Problem]:
+        if len(self.from_) != len(self.to):
+            remedy = "write both as 2027-07-20, or both as 07-20 for every year"
+            yield "to", f"'{self.to}' does not match from=\"{self.from_}\"", remedy
+        elif len(self.to) == 10 and self.to < self.from_:
+            yield "to", f"'{self.to}' is before from=\"{self.from_}\"", "correct the value"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Notice(Element):
+    """<Notify>: whom to tell of which outcomes."""
+
+    on: str = attribute(Parse.choice("failure", "held", "always"), "failure")
+    ping: str | None = attribute(Parse.web_address, None, secret=True)  # A dead man's switch.
+    url: str | None = attribute(Parse.address, None, secret=True)  # Where to send the message.
+
+    def problems(self) -> Iterator[Problem]:
+        if not (self.ping or self.url):
+            yield "", "has neither ping nor url", 'add ping="https://..." or url="..."'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -523,12 +602,29 @@ class SqlDiff(Element):
     null_text: str | None = attribute(Parse.text, None)
     date_format: str | None = attribute(Parse.date_format, None)
     ignore_case: bool = attribute(Parse.boolean, "false")
-    ignore_number_form: bool = attribute(Parse.boolean, "false")
-    max_deletes: Limit | None = attribute(Parse.limit, None)
+    ignore_number_format: bool = attribute(Parse.boolean, "false")
+    ignore_line_breaks: bool = attribute(Parse.boolean, "false")
+    ignore_columns: Row = attribute(Parse.optional(Parse.columns, ()), "")
+    # How far two numbers in a column may be apart and count as equal.
+    tolerance: tuple[tuple[str, decimal.Decimal], ...] = attribute(
+        Parse.optional(Parse.tolerance, ()), ""
+    )
+    # What a column means that only SameGoal's file has.
+    new_columns: str = attribute(Parse.choice("error", "report"), "error")
+    max_deletes: Limit | None = attribute(Parse.limit, None)  # None: as <Limits> says
     max_updates: Limit | None = attribute(Parse.limit, None)
+    max_inserts: Limit | None = attribute(Parse.limit, None)
     query: str = ""
     calls: dict[str, Call] = dataclasses.field(default_factory=dict)  # operation -> Call
     where: str = ""  # file and line
+
+    def problems(self) -> Iterator[Problem]:
+        key = {name.removesuffix(":int") for name in self.key or ()}
+        with_tolerance = [column for column, _ in self.tolerance]
+        for name, columns in ("ignoreColumns", self.ignore_columns), ("tolerance", with_tolerance):
+            if found := next((column for column in columns if column in key), None):
+                reason = f"names the key column '{shortened(found)}'"
+                yield name, reason, "remove that column here or from key="
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -536,8 +632,13 @@ class Statement(Element):
     """<SQL> in <Upload>: run for its effect, or for the rows of `file`."""
 
     file: str | None = attribute(Parse.csv_name, None)
+    max_shrink: Limit | None = attribute(Parse.limit, None)  # Rows fewer than in the last run.
     sql: str = ""
     where: str = ""  # file and line
+
+    def problems(self) -> Iterator[Problem]:
+        if self.max_shrink and not self.file:
+            yield "maxShrink", "has no effect without file=", "add file=, or delete maxShrink="
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -546,6 +647,7 @@ class AttendanceSettings(Element):
 
     enabled: bool = attribute(Parse.boolean, "true")
     file: str = attribute(Parse.csv_name, "attendance_percentage.csv")
+    view: str = attribute(Parse.table, "ps_adaadm_daily_ctod")
     scale: str = attribute(Parse.choice("fraction", "percent"), "fraction")
 
 
@@ -589,16 +691,28 @@ class TagsSettings(Element):
             yield "", "has no <Tag>", 'add one, or set enabled="false"'
 
 
+# SchooLinks' identifiers -> the columns of PowerSchool's table students that hold them
+IDENTIFIER_COLUMNS = {
+    "student_number": "student_number",
+    "student_sis_id": "id",
+    "student_state_id": "state_studentnumber",
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchooLinksSettings(Element):
     """<SchooLinks>; a section that is not there is disabled."""
 
+    # How SchooLinks tells students apart, and the column of the table students that says it.
+    identifier: str = attribute(Parse.choice(*IDENTIFIER_COLUMNS), "student_number")
+    identifier_column: str = attribute(Parse.optional(Parse.column, ""), "")
     directory: str = attribute(Parse.remote_directory, "/automated")
     test_directory: str = attribute(Parse.remote_directory, "/other")
     ignored_school: int | None = attribute(Parse.optional(Parse.integer(0, 999_999_999)), "901")
     grades: tuple[int, ...] = attribute(Parse.grades, "8,9,10,11,12")
     school_year_start: tuple[int, int] = attribute(Parse.month_day, "07-01")
     max_shrink: Limit = attribute(Parse.limit, "10%")
+    max_change: Limit = attribute(Parse.limit, "50%")  # Rows that differ from the last upload.
     quoting: str = attribute(Parse.choice("all", "minimal"), "all")
     private_key: str = attribute(Parse.anything, "")
     passphrase: str = attribute(Parse.anything, "", secret=True)
@@ -610,83 +724,13 @@ class SchooLinksSettings(Element):
     gpa: GpaSettings = GpaSettings(enabled=False)
     tags: TagsSettings = TagsSettings(enabled=False)
 
+    def __post_init__(self) -> None:
+        column = self.identifier_column or IDENTIFIER_COLUMNS[self.identifier]
+        object.__setattr__(self, "identifier_column", column)
+
     def problems(self) -> Iterator[Problem]:
         if not (self.attendance.enabled or self.gpa.enabled or self.tags.enabled):
             yield "", "has no enabled section", "add or enable <Attendance>, <GPA> or <Tags>"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What every command can use of config.xml.
-
-    A field with `element` in its metadata holds what that child of <Config> says; the command
-    needs the element unless the field has a default.
-    """
-
-    path: Path
-    history: History = dataclasses.field(default_factory=History, metadata={"element": "History"})
-    secrets: frozenset[str] = dataclasses.field(repr=False)
-    secret_files: tuple[Path, ...]  # The files that `${file:PATH}` names.
-
-    @classmethod
-    def elements(cls) -> dict[str, dataclasses.Field[Any]]:
-        """The children of <Config> that the command uses."""
-        return {
-            field.metadata["element"]: field
-            for field in dataclasses.fields(cls)
-            if "element" in field.metadata
-        }
-
-
-C = TypeVar("C", bound=Config)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SyncConfig(Config):
-    """What `sync` uses of config.xml."""
-
-    sftp: SftpSettings = dataclasses.field(metadata={"element": "SFTP"})
-    database: DatabaseSettings = dataclasses.field(metadata={"element": "Database"})
-    limits: Limits = dataclasses.field(default_factory=Limits, metadata={"element": "Limits"})
-    sql_diffs: tuple[SqlDiff, ...] = dataclasses.field(metadata={"element": "Download"})
-    statements: tuple[Statement, ...] = dataclasses.field(
-        default=(), metadata={"element": "Upload"}
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SchooLinksConfig(Config):
-    """What `schoolinks` uses of config.xml."""
-
-    schoolinks: SchooLinksSettings = dataclasses.field(metadata={"element": "SchooLinks"})
-
-
-# element -> (its dataclass, elements that may stand in it)
-ELEMENTS: dict[str, tuple[type[Element] | None, tuple[str, ...]]] = {
-    "Config": (
-        None,
-        ("SFTP", "Database", "Limits", "History", "Download", "Upload", "SchooLinks"),
-    ),
-    "SFTP": (SftpSettings, ()),
-    "Database": (DatabaseSettings, ()),
-    "Limits": (Limits, ()),
-    "History": (History, ()),
-    "Download": (None, ("SQLDiff",)),
-    "SQLDiff": (SqlDiff, ("Query", "Insert", "Update", "Delete")),
-    "Query": (None, ()),
-    "Insert": (Call, ()),
-    "Update": (Call, ()),
-    "Delete": (Call, ()),
-    "Upload": (None, ("SQL",)),
-    "SQL": (Statement, ()),
-    "SchooLinks": (SchooLinksSettings, ("Attendance", "GPA", "Tags")),
-    "Attendance": (AttendanceSettings, ()),
-    "GPA": (GpaSettings, ()),
-    "Tags": (TagsSettings, ("Tag",)),
-    "Tag": (TagSettings, ()),
-}
-REPEATABLE = {"SQLDiff", "SQL", "Tag"}
-TEXT_ELEMENTS = {"Query", "Insert", "Update", "Delete", "SQL"}
 
 
 # ---------------------------------------------------------------------- configuration: XmlSource
@@ -947,9 +991,97 @@ class Placeholders:
 
 # ---------------------------------------------------------------------- configuration: load_config
 
-# Given: the path of config.xml, and what a command wants of it.
-# Gives: that, checked.
+# Given: the path of config.xml, and which of the Config classes a command wants.
+# Gives: an instance of that class, checked.
 # Raises: ConfigError that tells every mistake at once.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every command can use of config.xml.
+
+    A field with `element` in its metadata holds what that child of <Config> says; the command
+    needs the element unless the field has a default.
+    """
+
+    path: Path
+    history: History = dataclasses.field(default_factory=History, metadata={"element": "History"})
+    secrets: frozenset[str] = dataclasses.field(repr=False)
+    pauses: tuple[Pause, ...] = dataclasses.field(default=(), metadata={"element": "Pause"})
+    notices: tuple[Notice, ...] = dataclasses.field(default=(), metadata={"element": "Notify"})
+    secret_files: tuple[Path, ...]  # The files that `${file:PATH}` names.
+
+    @classmethod
+    def elements(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The children of <Config> that the command uses."""
+        return {
+            field.metadata["element"]: field
+            for field in dataclasses.fields(cls)
+            if "element" in field.metadata
+        }
+
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyncConfig(Config):
+    """What `sync` uses of config.xml."""
+
+    sftp: SftpSettings = dataclasses.field(metadata={"element": "SFTP"})
+    database: DatabaseSettings = dataclasses.field(metadata={"element": "Database"})
+    limits: Limits = dataclasses.field(default_factory=Limits, metadata={"element": "Limits"})
+    sql_diffs: tuple[SqlDiff, ...] = dataclasses.field(metadata={"element": "Download"})
+    statements: tuple[Statement, ...] = dataclasses.field(
+        default=(), metadata={"element": "Upload"}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchooLinksConfig(Config):
+    """What `schoolinks` uses of config.xml."""
+
+    schoolinks: SchooLinksSettings = dataclasses.field(metadata={"element": "SchooLinks"})
+
+
+# element -> (its dataclass, elements that may stand in it)
+ELEMENTS: dict[str, tuple[type[Element] | None, tuple[str, ...]]] = {
+    "Config": (
+        None,
+        (
+            "SFTP",
+            "Database",
+            "Limits",
+            "History",
+            "Pause",
+            "Notify",
+            "Download",
+            "Upload",
+            "SchooLinks",
+        ),
+    ),
+    "SFTP": (SftpSettings, ()),
+    "Database": (DatabaseSettings, ()),
+    "Limits": (Limits, ()),
+    "History": (History, ()),
+    "Pause": (Pause, ()),
+    "Notify": (Notice, ()),
+    "Download": (None, ("SQLDiff",)),
+    "SQLDiff": (SqlDiff, ("Query", "Insert", "Update", "Delete")),
+    "Query": (None, ()),
+    "Insert": (Call, ()),
+    "Update": (Call, ()),
+    "Delete": (Call, ()),
+    "Upload": (None, ("SQL",)),
+    "SQL": (Statement, ()),
+    "SchooLinks": (SchooLinksSettings, ("Attendance", "GPA", "Tags")),
+    "Attendance": (AttendanceSettings, ()),
+    "GPA": (GpaSettings, ()),
+    "Tags": (TagsSettings, ("Tag",)),
+    "Tag": (TagSettings, ()),
+}
+REPEATABLE = {"Pause", "Notify", "SQLDiff", "SQL", "Tag"}
+TEXT_ELEMENTS = {"Query", "Insert", "Update", "Delete", "SQL"}
 
 
 class ConfigReader:
@@ -965,21 +1097,24 @@ class ConfigReader:
     def read(self, wanted: type[C]) -> C:
         root, fields = self.source.root, wanted.elements()
         self._attributes(root)
-        found: dict[str, Any] = {}
+        made: dict[str, list[Any]] = collections.defaultdict(list)
         for element in self._children(root):
             self.used = element.tag in fields
-            made = self._section(element)
-            if self.used:
-                found[fields[element.tag].name] = made
+            made[element.tag].append(self._section(element))
         for tag, field in fields.items():
             needed = field.default is field.default_factory is dataclasses.MISSING
-            if needed and field.name not in found:
+            if needed and tag not in made:
                 remedy = f"copy <{tag}> from the config.xml that came with sgsync"
                 self._fail(root, "", f"has no <{tag}> element", remedy)
         if self.errors:
             raise self._error()
         secrets = frozenset(secret for secret in self.placeholders.secrets if len(secret) > 2)
         files = tuple(self.placeholders.files)
+        found: dict[str, Any] = {
+            fields[tag].name: tuple(several) if tag in REPEATABLE else several[0]
+            for tag, several in made.items()
+            if tag in fields
+        }
         return wanted(path=self.source.path, secrets=secrets, secret_files=files, **found)
 
     def _fail(
@@ -1154,6 +1289,16 @@ class ConfigReader:
             if name and name.lower() in seen:
                 self._fail(element, "file", f"'{name}' is already in use", "choose another name")
             seen.add(str(name).lower())
+
+
+def config_path(home: Path) -> Path:
+    """The configuration of a home: the district's own copy, else the template.
+
+    `config.local.xml` survives an upgrade, which replaces config.xml.
+    """
+    local = home / "config.local.xml"
+    # Even a link to nowhere: the template must not run in place of what somebody chose.
+    return local if os.path.lexists(local) else home / "config.xml"
 
 
 def load_config(path: Path, wanted: type[C]) -> C:
@@ -2914,7 +3059,7 @@ class FormDifferences:
     def __init__(self, spec: SqlDiff, key: Key) -> None:
         self.spec, self.key = spec, key
         self.ignore = {"case"} if spec.ignore_case else set()
-        self.ignore |= {"number"} if spec.ignore_number_form else set()
+        self.ignore |= {"number"} if spec.ignore_number_format else set()
         self.updates = self.formal = 0
         self.found: dict[tuple[int, str], tuple[int, str]] = {}  # column, kind -> count, example
 
@@ -3010,7 +3155,7 @@ def _settled_by(kind: str, before: str, after: str) -> str:
     attribute_text = {
         "blanks": 'trim="true"',
         "case": 'ignoreCase="true"',
-        "number": 'ignoreNumberForm="true"',
+        "number": 'ignoreNumberFormat="true"',
         "null": f'nullText="{before or after}"',
         "date": f'dateFormat="{found[1] if found else ""}"',
     }[kind]

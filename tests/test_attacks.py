@@ -360,9 +360,11 @@ def _sql_is_data(home: homes.Home, operation: str) -> None:
 # ------------------------------------------------------------------ files that others can read
 
 
-@pytest.mark.parametrize("name", ["config.xml", "ssh/id_rsa"])
+@pytest.mark.parametrize("name", ["config.xml", "ssh/id_rsa", "ssh/phrase"])
 def test_sync_warns_of_secrets_that_others_can_read(home: homes.Home, name: str) -> None:
-    for path in (home.path / "config.xml", home.path / "ssh/id_rsa"):
+    home.configure(sftp='passphrase="${file:ssh/phrase}"')
+    (home.path / "ssh/phrase").write_text("not needed", encoding="utf-8")
+    for path in (home.path / "config.xml", home.path / "ssh/id_rsa", home.path / "ssh/phrase"):
         path.chmod(0o600)
     assert home.main() == 0
     assert "can be read by" not in home.log

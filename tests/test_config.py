@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,6 +143,259 @@ def test_load_config_takes_values(tmp_path: Path, value: str, name: str, loaded:
     assert getattr(config.sftp, name) == loaded
 
 
+TWO_NOTICES = '<Notify ping="HTTPS://ping.example/x"/><Notify on="held" url="mailto://u:p@h"/>'
+
+
+@pytest.mark.parametrize(
+    ("change", "read", "loaded"),
+    [
+        (('ignoreColumns="x"', "a, b"), lambda c: c.sql_diffs[0].ignore_columns, ("a", "b")),
+        (('ignoreColumns="x"', ""), lambda c: c.sql_diffs[0].ignore_columns, ()),
+        (('newColumns="x"', "report"), lambda c: c.sql_diffs[0].new_columns, "report"),
+        (
+            ('tolerance="x"', "gpa:0.005, days absent : 10"),
+            lambda c: c.sql_diffs[0].tolerance,
+            (("gpa", decimal.Decimal("0.005")), ("days absent", decimal.Decimal(10))),
+        ),
+        (('ignoreLineBreaks="x"', "true"), lambda c: c.sql_diffs[0].ignore_line_breaks, True),
+        (('ignoreNumberFormat="x"', "true"), lambda c: c.sql_diffs[0].ignore_number_format, True),
+        (('<SQLDiff maxInserts="x"', "5"), lambda c: str(c.sql_diffs[0].max_inserts), "5"),
+        (('<Limits maxInserts="x"', "50%"), lambda c: str(c.limits.max_inserts), "50%"),
+        (('minRows="x"', "0"), lambda c: c.limits.min_rows, 0),
+        (('usual="x"', "2.5"), lambda c: c.limits.usual, 2.5),
+        (('maxShrink="x"', "10%"), lambda c: str(c.statements[1].max_shrink), "10%"),
+        (('reportKeys="x"', "false"), lambda c: c.history.report_keys, False),
+        (('metrics="x"', "m/sgsync.prom"), lambda c: c.history.metrics, "m/sgsync.prom"),
+    ],
+)
+def test_load_config_takes_attributes_that_are_seldom_given(
+    tmp_path: Path,
+    change: tuple[str, str],
+    read: Callable[[sgsync.SyncConfig], object],
+    loaded: object,
+) -> None:
+    assert read(load(tmp_path, seldom(*change))) == loaded
+
+
+SELDOM = {
+    "SQLDiff": 'key="studentNumber,startDate"',
+    "Limits": 'maxFailures="25"',
+    "History": 'keepRuns="365"',
+    "SQL": 'file="open_records.csv"',
+}
+OWNERS = {"minRows": "Limits", "usual": "Limits", "maxShrink": "SQL", "reportKeys": "History",
+          "metrics": "History"}  # fmt: skip
+
+
+def seldom(name: str, value: str) -> str:
+    """GOOD with one more attribute; `name` is `name="x"`, or `<Element name="x"`."""
+    tag, _, attribute = name.rpartition(" ")
+    attribute = attribute.removesuffix('="x"')
+    given = SELDOM[tag.removeprefix("<") or OWNERS.get(attribute, "SQLDiff")]
+    return changed(given, f'{given} {attribute}="{value}"')
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "remedy"),
+    [
+        (
+            ('ignoreColumns="x"', "a,b,a"),
+            "12: <SQLDiff ignoreColumns>: 'a,b,a' names the column 'a' twice",
+            "correct the value",
+        ),
+        (
+            ('ignoreColumns="x"', "a,,b"),
+            "12: <SQLDiff ignoreColumns>: 'a,,b' has an empty name between its commas",
+            "correct the value",
+        ),
+        (
+            ('ignoreColumns="x"', "a,startDate"),
+            "12: <SQLDiff ignoreColumns>: names the key column 'startDate'",
+            "remove that column here or from key=",
+        ),
+        (
+            ('newColumns="x"', "ignore"),
+            "12: <SQLDiff newColumns>: 'ignore' is not one of error, report",
+            "correct the value",
+        ),
+        *(
+            (
+                ('tolerance="x"', value),
+                f"12: <SQLDiff tolerance>: '{value}' is not a list of columns and amounts such as "
+                "gpa:0.005,hours:0.1",
+                "correct the value",
+            )
+            for value in ("gpa", "gpa:", ":1", "gpa:-1", "gpa:1e3", "gpa:0.0", "gpa:٣", "gpa:1:x")
+        ),
+        (
+            ('tolerance="x"', "gpa:1,gpa:2"),
+            "12: <SQLDiff tolerance>: 'gpa:1,gpa:2' names the column 'gpa' twice",
+            "correct the value",
+        ),
+        (
+            ('tolerance="x"', "studentNumber:1"),
+            "12: <SQLDiff tolerance>: names the key column 'studentNumber'",
+            "remove that column here or from key=",
+        ),
+        (
+            ('ignoreLineBreaks="x"', "1"),
+            "12: <SQLDiff ignoreLineBreaks>: '1' is neither true nor false",
+            "correct the value",
+        ),
+        (
+            ('ignoreNumberForm="x"', "true"),
+            "12: <SQLDiff ignoreNumberForm>: unknown attribute",
+            "write ignoreNumberFormat",
+        ),
+        *(
+            (
+                (f'<{tag} maxInserts="x"', "50%+100"),
+                f"{line}: <{tag} maxInserts>: '50%+100' is neither a number of rows (25) nor a "
+                "percentage from 0% to 100%",
+                "correct the value",
+            )
+            for tag, line in (("SQLDiff", 12), ("Limits", 8))
+        ),
+        (
+            ('minRows="x"', "10%"),
+            "8: <Limits minRows>: '10%' is not a whole number from 0 to 1000000000",
+            "correct the value",
+        ),
+        *(
+            (
+                ('usual="x"', value),
+                f"8: <Limits usual>: '{value}' is not a factor from 1 to 1000 such as 5 or 2.5",
+                "correct the value",
+            )
+            for value in ("0.5", "1001", "5x", "-5", "1,5", "nan")
+        ),
+        (
+            ('maxShrink="x"', "200%"),
+            "21: <SQL maxShrink>: '200%' is neither a number of rows (25) nor a percentage from 0% "
+            "to 100%",
+            "correct the value",
+        ),
+        (
+            ('reportKeys="x"', "no"),
+            "9: <History reportKeys>: 'no' is neither true nor false",
+            "correct the value",
+        ),
+        (('metrics="x"', ""), "9: <History metrics>: is empty", "correct the value"),
+    ],
+)
+def test_load_config_refuses_attributes_that_are_seldom_given(
+    tmp_path: Path, change: tuple[str, str], told: str, remedy: str
+) -> None:
+    assert error(tmp_path, seldom(*change)) == f"config.xml:{told}\nTry: {remedy}"
+
+
+def test_load_config_refuses_a_shrink_limit_without_a_file(tmp_path: Path) -> None:
+    assert error(tmp_path, changed("<SQL>", '<SQL maxShrink="5%">')) == (
+        "config.xml:20: <SQL maxShrink>: has no effect without file=\n"
+        "Try: add file=, or delete maxShrink="
+    )
+
+
+@pytest.mark.parametrize("wanted", [sgsync.SyncConfig, sgsync.SchooLinksConfig, sgsync.Config])
+def test_load_config_reads_pauses_and_notices_for_every_command(
+    tmp_path: Path, wanted: type[sgsync.Config]
+) -> None:
+    pauses = (
+        '<Pause from="2027-07-20" to="2027-08-15" why="rollover"/><Pause from="12-24" to="01-02"/>'
+    )
+    text = changed("<Download>", f"{pauses}{TWO_NOTICES}<Download>")
+    text = text.replace("</Config>", "<SchooLinks><GPA/></SchooLinks></Config>")
+    config = sgsync.load_config(written(tmp_path, text), wanted)
+    assert config.pauses == (
+        sgsync.Pause(from_="2027-07-20", to="2027-08-15", why="rollover"),
+        sgsync.Pause(from_="12-24", to="01-02"),
+    )
+    assert config.notices == (
+        sgsync.Notice(ping="HTTPS://ping.example/x"),
+        sgsync.Notice(on="held", url="mailto://u:p@h"),
+    )
+    assert config.history.keep_runs == 365
+    assert config.secrets >= {"HTTPS://ping.example/x", "mailto://u:p@h"}
+    assert "ping.example" not in repr(config)
+    assert "mailto" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "day", "covered"),
+    [
+        ("2027-07-20", "2027-08-15", "2027-07-19", False),
+        ("2027-07-20", "2027-08-15", "2027-07-20", True),
+        ("2027-07-20", "2027-08-15", "2027-08-15", True),
+        ("2027-07-20", "2027-08-15", "2027-08-16", False),
+        ("2027-07-20", "2027-08-15", "2028-08-01", False),
+        ("2027-12-20", "2028-01-05", "2028-01-01", True),
+        ("2027-07-20", "2027-07-20", "2027-07-20", True),
+        ("07-20", "08-15", "2031-08-01", True),
+        ("07-20", "08-15", "2031-08-16", False),
+        ("07-20", "08-15", "2031-07-19", False),
+        ("12-24", "01-02", "2030-12-24", True),
+        ("12-24", "01-02", "2031-01-02", True),
+        ("12-24", "01-02", "2031-01-03", False),
+        ("12-24", "01-02", "2030-12-23", False),
+        ("02-20", "02-29", "2031-02-28", True),
+        ("02-20", "02-29", "2031-03-01", False),
+        ("02-20", "02-29", "2032-02-29", True),
+    ],
+)
+def test_pause_covers_both_of_its_ends(
+    tmp_path: Path, begin: str, end: str, day: str, covered: bool
+) -> None:
+    text = changed("<Download>", f'<Pause from="{begin}" to="{end}"/><Download>')
+    (pause,) = load(tmp_path, text).pauses
+    date = datetime.date.fromisoformat(day)
+    assert pause.covers(date) == covered
+    assert pause.covers(datetime.datetime.combine(date, datetime.time(13))) == covered
+
+
+DAY = "is not a date such as 2027-07-20, or 07-20 for every year"
+
+
+@pytest.mark.parametrize(
+    ("element", "told", "remedy"),
+    [
+        ('<Pause from="07-20"/>', "<Pause>: has no attribute to", 'add to="..."'),
+        ('<Pause from="2027-02-29" to="2027-03-01"/>', f"<Pause from>: '2027-02-29' {DAY}", "c"),
+        ('<Pause from="07-20" to="8-15"/>', f"<Pause to>: '8-15' {DAY}", "c"),
+        ('<Pause from="07-20" to="20270815"/>', f"<Pause to>: '20270815' {DAY}", "c"),
+        (
+            '<Pause from="2027-07-20" to="08-15"/>',
+            "<Pause to>: '08-15' does not match from=\"2027-07-20\"",
+            "write both as 2027-07-20, or both as 07-20 for every year",
+        ),
+        (
+            '<Pause from="2027-07-20" to="2027-07-19"/>',
+            "<Pause to>: '2027-07-19' is before from=\"2027-07-20\"",
+            "c",
+        ),
+        ("<Notify/>", "<Notify>: has neither ping nor url", 'add ping="https://..." or url="..."'),
+        ('<Notify on="success" url="json://h"/>',
+         "<Notify on>: 'success' is not one of failure, held, always", "c"),
+        ('<Notify ping="ftp://ping.example/s3cret"/>',
+         "<Notify ping>: is not an http:// or https:// address", "c"),
+        ('<Notify ping="https:///s3cret"/>',
+         "<Notify ping>: is not an http:// or https:// address", "c"),
+        ('<Notify ping="https://h/s3cret x"/>',
+         "<Notify ping>: is not an http:// or https:// address", "c"),
+        ('<Notify url="s3cret@example.org"/>',
+         "<Notify url>: is not an address that starts with mailto://, https:// or such", "c"),
+        ('<Notify ping="${env:TEST_UNSET}"/>',
+         "<Notify ping>: the environment variable TEST_UNSET is not set",
+         "set it for the account that runs sgsync, then start sgsync again"),
+    ],
+)  # fmt: skip
+def test_load_config_refuses_pauses_and_notices(
+    tmp_path: Path, element: str, told: str, remedy: str
+) -> None:
+    remedy = "correct the value" if remedy == "c" else remedy
+    text = changed("<Download>", f"{element}<Download>")
+    assert error(tmp_path, text) == f"config.xml:10: {told}\nTry: {remedy}"
+
+
 @pytest.mark.parametrize(
     "sql",
     [
@@ -240,7 +496,7 @@ MISTAKES = {
     "unknown attribute, far from all": (
         ('keepRuns="365"', 'keepRuns="365" zz="1"'),
         "9: <History zz>: unknown attribute",
-        "use one of keepRuns",
+        "use one of keepRuns, reportKeys, metrics",
     ),
     "attribute where none may be": (
         ("<Download>", '<Download file="x.csv">'),
@@ -400,6 +656,11 @@ MISTAKES = {
     "date format": (
         ('key="studentNumber,startDate"', 'dateFormat="MM/DD/YYYY"'),
         "12: <SQLDiff dateFormat>: 'MM/DD/YYYY' is not a date format such as %m/%d/%Y",
+        CORRECT,
+    ),
+    "key of very many columns, one of them twice": (
+        ('key="studentNumber,startDate"', f'key="{",".join(map(str, range(200_000)))},7"'),
+        f"12: <SQLDiff key>: '{','.join(map(str, range(99)))[:60]}...' names the column '7' twice",
         CORRECT,
     ),
     "name of a procedure with SQL in it": (
@@ -856,6 +1117,113 @@ def test_load_config_tells_of_an_empty_variable(
         "config.xml:5: <SFTP passphrase>: the environment variable TEST_PASSPHRASE is empty\n"
         "Try: set it for the account that runs sgsync, then start sgsync again"
     )
+
+
+FILE = "config.xml:5: <SFTP passphrase>: "
+SAVE = "save it as UTF-8 text with the secret on the first line"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"m\xc3\xabllon",
+        b"m\xc3\xabllon\n",
+        b"  m\xc3\xabllon \r\n",
+        b"\xef\xbb\xbfm\xc3\xabllon\r\nowner: IT\r\n",
+        b"m\xc3\xabllon\rx",
+    ],
+)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_load_config_takes_secrets_from_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, absolute: bool
+) -> None:
+    monkeypatch.chdir("/")
+    path = tmp_path / "ssh/pass phrase.txt"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    shown = str(path) if absolute else "ssh/pass phrase.txt"
+    config = load(tmp_path, changed("${env:TEST_PASSPHRASE}", f"${{file:{shown}}}"))
+    assert config.sftp.passphrase == "mëllon"
+    assert config.secrets == {"mëllon", "swordfish"}
+    assert config.secret_files == (path,)
+
+
+def test_load_config_counts_what_comes_from_a_file_as_a_secret_and_quotes_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "pw").write_text("p;w}d", encoding="utf-8")
+    (tmp_path / "user").write_text("some user", encoding="utf-8")
+    text = changed("UID=sis;PWD=${env:TEST_PASSWORD}", "UID=${file:user};PWD=${file:pw}")
+    config = load(tmp_path, text)
+    assert config.database.connection_string.endswith(";UID=some user;PWD={p;w}}d}")
+    assert config.secrets == {"some user", "p;w}d", "{p;w}}d}", "open sesame"}
+
+
+@pytest.mark.parametrize(
+    ("content", "told", "remedy"),
+    [
+        (None, "the file {} does not exist", f"create it: {SAVE}"),
+        (b"", "the file {} is empty", SAVE),
+        (b"\xef\xbb\xbf \r\n\n", "the file {} is empty", SAVE),
+        (b"\n s3cret\n", "the first line of the file {} is empty", SAVE),
+        ("s3cret".encode("utf-16"), "the file {} is not UTF-8 text", SAVE),
+        ("s3cret".encode("utf-16-le"), "the file {} is not UTF-8 text", SAVE),
+        ("s3crët".encode("latin-1"), "the file {} is not UTF-8 text", SAVE),
+        (b"s3cret\n\x1b", "the file {} is not UTF-8 text", SAVE),
+        (b"s3cret\n".ljust(65_537), "the file {} is larger than 65,536 bytes", SAVE),
+        ("folder", "{} is not a file", "name a file that holds the secret"),
+        pytest.param(
+            "pipe", "{} is not a file", "name a file that holds the secret",
+            marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes"),
+        ),
+    ],
+)  # fmt: skip
+def test_load_config_tells_of_a_file_without_a_secret(
+    tmp_path: Path, content: bytes | str | None, told: str, remedy: str
+) -> None:
+    path = tmp_path / "pass.txt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
+    text = changed("${env:TEST_PASSPHRASE}", "${file:pass.txt}")
+    assert error(tmp_path, text) == f"{FILE}{told.format(path)}\nTry: {remedy}"
+
+
+def test_load_config_tells_of_a_file_with_a_secret_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "pass.txt").touch()
+    long = "x" * 5000
+    for name, reason in ((f"{long}/x", "File name too long"), ("pass.txt/x", "Not a directory")):
+        told = error(tmp_path, changed("${env:TEST_PASSPHRASE}", f"${{file:{name}}}"))
+        shown = sgsync.shortened(str(tmp_path / name), 300)
+        assert told.startswith(f"{FILE}the file {shown} ")
+        assert os.name == "nt" or told == (
+            f"{FILE}the file {shown} cannot be read: {reason}\n"
+            "Try: let the account that runs sgsync read it"
+        )
+
+
+# ------------------------------------------------------------------ config_path
+
+
+def test_config_path_prefers_the_district_s_own_copy(tmp_path: Path) -> None:
+    assert sgsync.config_path(tmp_path) == tmp_path / "config.xml"
+    own = tmp_path / "config.local.xml"
+    own.write_text("<Config/>", encoding="utf-8")
+    assert sgsync.config_path(tmp_path) == own
+    with pytest.raises(sgsync.ConfigError) as caught:
+        sgsync.load_config(sgsync.config_path(tmp_path), sgsync.SyncConfig)
+    lines = str(caught.value).splitlines()[::2]
+    assert [line.split(" ")[0] for line in lines] == ["config.local.xml:1:"] * 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a privilege on Windows")
+def test_config_path_does_not_fall_back_where_a_link_is_broken(tmp_path: Path) -> None:
+    own = tmp_path / "config.local.xml"
+    own.symlink_to(tmp_path / "gone.xml")
+    assert sgsync.config_path(tmp_path) == own
 
 
 # ------------------------------------------------------------------ the template

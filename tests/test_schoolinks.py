@@ -224,7 +224,9 @@ def test_load_config_schoolinks_defaults(tmp_path: Path) -> None:
     assert (s.directory, s.test_directory) == ("/automated", "/other")
     assert (s.ignored_school, s.grades, s.school_year_start) == (901, (8, 9, 10, 11, 12), (7, 1))
     assert (str(s.max_shrink), s.quoting, s.private_key) == ("10%", "all", "")
-    assert (s.thick_mode, s.client_directory) == (False, None)
+    assert (s.thick_mode, s.client_directory, str(s.max_change)) == (False, None, "50%")
+    assert (s.identifier, s.identifier_column) == ("student_number", "student_number")
+    assert s.attendance.view == "ps_adaadm_daily_ctod"
     assert s.attendance == sgsync.AttendanceSettings(
         enabled=True, file=ATTENDANCE, scale="fraction"
     )
@@ -237,6 +239,29 @@ def test_load_config_schoolinks_defaults(tmp_path: Path) -> None:
         ([t.name, t.detailed_name, t.description], t.table, t.column, t.equals) for t in s.tags.tags
     ] == [(words, table, column, str(value)) for words, table, column, value in CONDITIONS]
     assert found.history.keep_runs == 365
+
+
+@pytest.mark.parametrize(
+    ("attributes", "identifier", "column"),
+    [
+        ('identifier="student_number"', "student_number", "student_number"),
+        ('identifier="student_sis_id"', "student_sis_id", "id"),
+        ('identifier="student_state_id"', "student_state_id", "state_studentnumber"),
+        ('identifier="student_sis_id" identifierColumn="dcid"', "student_sis_id", "dcid"),
+        ('identifierColumn=""', "student_number", "student_number"),
+    ],
+)
+def test_load_config_takes_the_identifier_s_usual_column(
+    tmp_path: Path, attributes: str, identifier: str, column: str
+) -> None:
+    s = load(tmp_path, f"<SchooLinks {attributes}><GPA/></SchooLinks>").schoolinks
+    assert (s.identifier, s.identifier_column) == (identifier, column)
+
+
+def test_load_config_takes_another_view_and_another_limit_of_changes(tmp_path: Path) -> None:
+    text = '<SchooLinks maxChange="100"><Attendance view="ps.PS_ADAADM_DEFAULTS_ALL"/></SchooLinks>'
+    s = load(tmp_path, text).schoolinks
+    assert (s.attendance.view, str(s.max_change)) == ("ps.PS_ADAADM_DEFAULTS_ALL", "100")
 
 
 def test_load_config_a_section_that_is_missing_or_disabled_is_off(district: District) -> None:
@@ -309,6 +334,25 @@ TAG = '<Tag name="A" detailedName="B" description="C" table="t" column="c" equal
         (
             '<SchooLinks quoting="none"><GPA/></SchooLinks>',
             "<SchooLinks quoting>: 'none' is not one of all, minimal\nTry: correct the value",
+        ),
+        (
+            '<SchooLinks identifier="sis_id"><GPA/></SchooLinks>',
+            "<SchooLinks identifier>: 'sis_id' is not one of student_number, student_sis_id, "
+            "student_state_id\nTry: correct the value",
+        ),
+        (
+            '<SchooLinks identifierColumn="id, dcid"><GPA/></SchooLinks>',
+            "<SchooLinks identifierColumn>: 'id, dcid' is not a valid column name\n"
+            "Try: correct the value",
+        ),
+        (
+            '<SchooLinks maxChange="half"><GPA/></SchooLinks>',
+            "<SchooLinks maxChange>: 'half' is neither a number of rows (25) nor a percentage from "
+            "0% to 100%\nTry: correct the value",
+        ),
+        (
+            '<SchooLinks><Attendance view="x y"/></SchooLinks>',
+            "<Attendance view>: 'x y' is not a valid table name\nTry: correct the value",
         ),
         (
             '<SchooLinks><Attendance scale="percentage"/></SchooLinks>',

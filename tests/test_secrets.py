@@ -225,6 +225,9 @@ def test_a_traceback_shows_no_password(
         {"database": 'batchSize="Driver=x;PWD=secret99"'},
         {"database": 'connectionSting="Driver=x;PWD=secret99"'},
         {"more": "<Password>secret99</Password>"},
+        {"more": '<Notify ping="https:// secret99"/>'},
+        {"more": '<Notify url="secret99"/>'},
+        {"more": '<Notify on="secret" url="json://h/secret99"/>'},
         {"more": "secret99"},
     ],
     ids=str,
@@ -262,6 +265,20 @@ def test_a_keyring_shows_no_password(
 
     monkeypatch.setattr(keyring, "get_password", locked)
     leaves_no_secret(2)
+
+
+def test_files_with_passwords_show_none(home: homes.Home, leaves_no_secret: Check) -> None:
+    home.configure(
+        connection=home.values["connection"].replace("${env:SIS_DB_PASSWORD}", "${file:ssh/db}"),
+        sftp='passphrase="${file:ssh/key}"',
+    )
+    for name, secret in (("db", PASSWORD), ("key", PASSPHRASE)):
+        (home.path / "ssh" / name).write_text(f"{secret}\n", encoding="utf-8")
+    leaves_no_secret(0)
+    (home.path / "ssh/db").write_text("another one & wrong", encoding="utf-8")
+    leaves_no_secret(4, "another one & wrong")
+    (home.path / "ssh/db").write_text("\n  another one & wrong", encoding="utf-8")
+    assert "the first line of the file" in leaves_no_secret(2, "another one & wrong")
 
 
 def test_passwords_with_any_character_break_no_xml_that_would_show_them(tmp_path: Path) -> None:
