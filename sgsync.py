@@ -27,11 +27,13 @@ banner that names its entry point.  Start reading at `run_sync` or `run_schoolin
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import csv
 import dataclasses
 import datetime
+import decimal
 import difflib
 import errno
 import functools
@@ -313,9 +315,14 @@ def retried(work: Callable[[], T], cancelled: threading.Event | None = None) -> 
     )(attempt)
 
 
-# ---------------------------------------------------------------------- configuration: load_config
+# ---------------------------------------------------------------------- configuration: Parse
 
-REQUIRED = object()
+# Given: the text of an attribute.
+# Gives: its value, and `attribute`, with which the elements say what attributes they have.
+# Raises: ValueError with the reason.
+
+REQUIRED = object()  # The default of an attribute that has none.
+Problem = tuple[str, str, str]  # The attribute that is wrong or '', the reason, the remedy.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,134 +339,161 @@ class Limit:
         return f"{self.number:g}{'%' if self.percent else ''}"
 
 
-_IDENTIFIER = r"[A-Za-z][A-Za-z0-9_$#]{0,127}"
+class Parse:
+    """What the text of an attribute means, one function for each kind of value.
 
-# Parsers of attribute values.  Each raises ValueError with the reason in words.
+    Each raises ValueError with a reason that completes a sentence about the text: `'x'` +
+    `is not a whole number from 1 to 9`.
+    """
 
-
-def _text(value: str) -> str:
-    if not value.strip():
-        raise ValueError("is empty")
-    return value
-
-
-def _optional_text(value: str) -> str:
-    return value
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not re.fullmatch(r"\d{1,10}", value, re.ASCII) or not low <= int(value) <= high:
-            raise ValueError(f"is not a whole number from {low} to {high}")
-        return int(value)
-
-    return parse
-
-
-def _boolean(value: str) -> bool:
-    if value not in ("true", "false"):
-        raise ValueError("is neither true nor false")
-    return value == "true"
-
-
-def _limit(value: str) -> Limit:
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(%?)", value, re.ASCII)
-    if not match or (not match[2] and "." in match[1]) or (match[2] and float(match[1]) > 100):
-        raise ValueError("is neither a number of rows (25) nor a percentage from 0% to 100%")
-    return Limit(float(match[1]), bool(match[2]))
-
-
-def _remote_directory(value: str) -> str:
-    if not value.startswith("/") or ".." in value.split("/"):
-        raise ValueError("is not an absolute path on the server, such as /upload")
-    return value.rstrip("/") or "/"
-
-
-def _csv_name(value: str) -> str:
-    problem = unsafe_name(value)
-    if problem or not value.lower().endswith(".csv"):
-        raise ValueError(f"is not a plain file name that ends in .csv ({problem or 'no .csv'})")
-    return value
-
-
-def _names(value: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(","))
-    if not all(names):
-        raise ValueError("has an empty name between its commas" if "," in value else "is empty")
-    return names
-
-
-def _key(value: str) -> tuple[str, ...]:
-    names = [name.removesuffix(":int") for name in _names(value)]
-    if not all(names):
-        raise ValueError("has ':int' without the name of a column")
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"names the column '{shortened(repeated)}' twice")
-    return _names(value)
-
-
-def _choice(*words: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value not in words:
-            raise ValueError(f"is not one of {', '.join(words)}")
+    @staticmethod
+    def anything(value: str) -> str:
         return value
 
-    return parse
+    @staticmethod
+    def text(value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty")
+        return value
 
+    @staticmethod
+    def optional(parse: Callable[[str], object], empty: object = None) -> Callable[[str], object]:
+        """As `parse`; an empty text gives `empty`."""
+        return lambda value: parse(value) if value else empty
 
-def _table(value: str) -> str:
-    if not re.fullmatch(rf"(?:{_IDENTIFIER}\.)?{_IDENTIFIER}", value):
-        raise ValueError("is not the name of a table")
-    return value
-
-
-def _column(value: str) -> str:
-    if not re.fullmatch(_IDENTIFIER, value):
-        raise ValueError("is not the name of a column")
-    return value
-
-
-def _optional_column(value: str) -> str:
-    return _column(value) if value else ""
-
-
-def _grades(value: str) -> tuple[int, ...]:
-    grades = _names(value)
-    if not all(re.fullmatch(r"-?\d{1,2}", grade, re.ASCII) for grade in grades):
-        raise ValueError("is not a list of grades such as 8,9,10,11,12")
-    return tuple(int(grade) for grade in grades)
-
-
-def _optional_integer(value: str) -> int | None:
-    return _integer(0, 999_999_999)(value) if value else None
-
-
-def _month_day(value: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d\d)-(\d\d)", value, re.ASCII)
-    try:
-        day = datetime.date(2001, int(match[1]), int(match[2])) if match else None
-    except ValueError:
-        day = None
-    if day is None:
-        raise ValueError("is not a month and a day such as 07-01")
-    return day.month, day.day
-
-
-def _date_format(value: str) -> str:
-    with contextlib.suppress(ValueError):  # Windows refuses what it does not know
-        if re.search(r"%[dj]", value) and datetime.date(2001, 2, 3).strftime(value):
+    @staticmethod
+    def matching(pattern: str, reason: str) -> Callable[[str], str]:
+        def parse(value: str) -> str:
+            if not re.fullmatch(pattern, value):
+                raise ValueError(reason)
             return value
-    raise ValueError("is not a date form such as %m/%d/%Y")
 
+        return parse
 
-def _procedure(value: str) -> str:
-    part = r'(?:[A-Za-z_][\w$#@]*|\[[^\[\]]+\]|"[^"]+")'
-    if not re.fullmatch(rf"{part}(?:\.{part}){{0,3}}", value):
-        raise ValueError("is not the name of a procedure, such as dbo.sg_iep_upsert")
-    return value
+    @staticmethod
+    def choice(*words: str) -> Callable[[str], str]:
+        return Parse.matching("|".join(words), f"is not one of {', '.join(words)}")
 
+    _NAME = r"[A-Za-z][A-Za-z0-9_$#]{0,127}"
+    _PART = r'(?:[A-Za-z_][\w$#@]*|\[[^\[\]]+\]|"[^"]+")'
+    column = matching(_NAME, "is not a valid column name")
+    table = matching(rf"(?:{_NAME}\.)?{_NAME}", "is not a valid table name")
+    procedure = matching(
+        rf"{_PART}(?:\.{_PART}){{0,3}}", "is not a valid procedure name such as dbo.sg_iep_upsert"
+    )
+    web_address = matching(r"(?i:https?)://[^\s/?#]\S*", "is not an http:// or https:// address")
+    address = matching(
+        r"[A-Za-z][A-Za-z0-9+.-]*://.*\S.*", "is not an address that starts with mailto://, "
+        "https:// or such",
+    )  # fmt: skip
 
-_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
+    @staticmethod
+    def integer(low: int, high: int) -> Callable[[str], int]:
+        def parse(value: str) -> int:
+            if not re.fullmatch(r"[0-9]{1,10}", value) or not low <= int(value) <= high:
+                raise ValueError(f"is not a whole number from {low} to {high}")
+            return int(value)
+
+        return parse
+
+    @staticmethod
+    def factor(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,4}(?:\.[0-9]{1,6})?", value) or not 1 <= float(value) <= 1000:
+            raise ValueError("is not a factor from 1 to 1000 such as 5 or 2.5")
+        return float(value)
+
+    @staticmethod
+    def boolean(value: str) -> bool:
+        if value not in ("true", "false"):
+            raise ValueError("is neither true nor false")
+        return value == "true"
+
+    @staticmethod
+    def limit(value: str) -> Limit:
+        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(%?)", value)
+        if not match or (not match[2] and "." in match[1]) or (match[2] and float(match[1]) > 100):
+            raise ValueError("is neither a number of rows (25) nor a percentage from 0% to 100%")
+        return Limit(float(match[1]), bool(match[2]))
+
+    @staticmethod
+    def remote_directory(value: str) -> str:
+        if not value.startswith("/") or ".." in value.split("/"):
+            raise ValueError("is not an absolute path on the server, such as /upload")
+        return value.rstrip("/") or "/"
+
+    @staticmethod
+    def csv_name(value: str) -> str:
+        problem = unsafe_name(value)
+        if problem or not value.lower().endswith(".csv"):
+            raise ValueError(f"is not a plain file name that ends in .csv ({problem or 'no .csv'})")
+        return value
+
+    @staticmethod
+    def names(value: str) -> Row:
+        names = tuple(name.strip() for name in value.split(","))
+        if not all(names):
+            raise ValueError("has an empty name between its commas" if "," in value else "is empty")
+        return names
+
+    @staticmethod
+    def columns(value: str) -> Row:
+        """Names, no two of them the same."""
+        names = Parse.names(value)
+        counts = collections.Counter(names)
+        if repeated := next((name for name, count in counts.items() if count > 1), None):
+            raise ValueError(f"names the column '{shortened(repeated)}' twice")
+        return names
+
+    @staticmethod
+    def key(value: str) -> Row:
+        """The columns of a key, each perhaps with `:int` behind it."""
+        names = Parse.names(value)
+        plain = [name.removesuffix(":int") for name in names]
+        if not all(plain):
+            raise ValueError("has ':int' without a column name")
+        Parse.columns(",".join(plain))
+        return names
+
+    @staticmethod
+    def tolerance(value: str) -> tuple[tuple[str, decimal.Decimal], ...]:
+        amount = r"(.*\S)\s*:\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+        found = [re.fullmatch(amount, pair) for pair in Parse.names(value)]
+        pairs = tuple((match[1], decimal.Decimal(match[2])) for match in found if match)
+        if len(pairs) < len(found) or not all(number for _, number in pairs):
+            raise ValueError("is not a list of columns and amounts such as gpa:0.005,hours:0.1")
+        Parse.columns(",".join(name for name, _ in pairs))
+        return pairs
+
+    @staticmethod
+    def grades(value: str) -> tuple[int, ...]:
+        grades = Parse.names(value)
+        if not all(re.fullmatch(r"-?[0-9]{1,2}", grade) for grade in grades):
+            raise ValueError("is not a list of grades such as 8,9,10,11,12")
+        return tuple(int(grade) for grade in grades)
+
+    @staticmethod
+    def month_day(value: str) -> tuple[int, int]:
+        with contextlib.suppress(ValueError):  # 2001: the day must exist in every year
+            if re.fullmatch(r"[0-9]{2}-[0-9]{2}", value):
+                day = datetime.date.fromisoformat(f"2001-{value}")
+                return day.month, day.day
+        raise ValueError("is not a month and a day such as 07-01")
+
+    @staticmethod
+    def day(value: str) -> str:
+        """A date, or a day of every year, as it is written: texts sort like the days."""
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(r"(?:[0-9]{4}-)?[0-9]{2}-[0-9]{2}", value):
+                datetime.date.fromisoformat(value if len(value) == 10 else f"2000-{value}")
+                return value
+        raise ValueError("is not a date such as 2027-07-20, or 07-20 for every year")
+
+    @staticmethod
+    def date_format(value: str) -> str:
+        with contextlib.suppress(ValueError):  # Windows refuses what it does not know
+            if re.search(r"%[dj]", value) and datetime.date(2001, 2, 3).strftime(value):
+                return value
+        raise ValueError("is not a date format such as %m/%d/%Y")
 
 
 def unsafe_name(name: str) -> str:
@@ -472,37 +506,74 @@ def unsafe_name(name: str) -> str:
     if name in (".", "..") or re.search(r'[/\\:*?"<>|]', name):
         return 'contains a path or one of \\ / : * ? " < > |'
     if not name.isprintable():
-        return "contains a character that cannot be printed"
+        return "contains an unprintable character"
     if name != name.strip() or name.endswith("."):
-        return "begins with a blank or ends with a blank or a dot"
-    if _RESERVED.fullmatch(name):
-        return "is the name of a device on Windows"
+        return "starts or ends with a space, or ends with a period"
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", name):
+        return "is a device name on Windows"
     return ""
 
 
-def attribute(parse: Callable[[str], object], default: object = REQUIRED, **options: Any) -> Any:
-    """A dataclass field that `_ConfigReader` fills from the attribute of the same name.
+def attribute(
+    parse: Callable[[str], object],
+    default: object = REQUIRED,
+    *,
+    secret: bool = False,
+    connection_string: bool = False,
+) -> Any:
+    """A field of an `Element` that is read from the attribute of the same name.
 
-    `default` is written as in config.xml, or None where absence has a meaning of its own.
+    `default` is written as in config.xml, or None where absence has a meaning of its own.  The
+    value of a `secret` attribute, and the passwords in a `connection_string`, are never shown.
     """
-    return dataclasses.field(metadata={"parse": parse, "default": default}, **options)
+    about = {"parse": parse, "default": default, "secret": secret}
+    about["connection_string"] = connection_string
+    made: dict[str, Any] = {"metadata": about, "repr": not (secret or connection_string)}
+    if default is not REQUIRED:
+        made["default"] = None if default is None else parse(str(default))
+    return dataclasses.field(**made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SftpSettings:
+class Element:
+    """What an element of config.xml says; a field that is not given has the default."""
+
+    @classmethod
+    def attributes(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The attributes as config.xml spells them."""
+        return {
+            re.sub("_(.)", lambda match: match[1].upper(), field.name.rstrip("_")): field
+            for field in dataclasses.fields(cls)
+            if "parse" in field.metadata
+        }
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong although each attribute is right by itself."""
+        yield from ()
+
+
+# ---------------------------------------------------------------------- configuration: SqlDiff
+
+# Given: the values of attributes.
+# Gives: a dataclass for each element of config.xml that has attributes.
+# Raises: nothing; `problems` tells what does not fit together.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftpSettings(Element):
     """<SFTP>; paths are relative to the home folder."""
 
-    host: str = attribute(_text)
-    port: int = attribute(_integer(1, 65535), "22")
-    username: str = attribute(_text)
-    private_key: str = attribute(_text, "ssh/id_rsa")
-    passphrase: str = attribute(_optional_text, "", repr=False)
-    known_hosts: str = attribute(_text, "ssh/known_hosts")
-    download_directory: str = attribute(_remote_directory, "/download")
-    upload_directory: str = attribute(_remote_directory, "/upload")
-    require_complete: bool = attribute(_boolean, "true")
-    max_age_hours: int = attribute(_integer(0, 100_000), "36")
-    timeout_seconds: int = attribute(_integer(1, 3600), "60")
+    host: str = attribute(Parse.text)
+    port: int = attribute(Parse.integer(1, 65535), "22")
+    username: str = attribute(Parse.text)
+    private_key: str = attribute(Parse.text, "ssh/id_rsa")
+    passphrase: str = attribute(Parse.anything, "", secret=True)
+    known_hosts: str = attribute(Parse.text, "ssh/known_hosts")
+    download_directory: str = attribute(Parse.remote_directory, "/download")
+    upload_directory: str = attribute(Parse.remote_directory, "/upload")
+    require_complete: bool = attribute(Parse.boolean, "true")
+    max_age_hours: int = attribute(Parse.integer(0, 100_000), "36")
+    timeout_seconds: int = attribute(Parse.integer(1, 3600), "60")
     # What SchooLinks' server has instead of the element: a password, other places to correct it.
     password: str = dataclasses.field(default="", repr=False)
     element: str = "<SFTP>"
@@ -511,156 +582,580 @@ class SftpSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DatabaseSettings:
+class DatabaseSettings(Element):
     """<Database>."""
 
-    connection_string: str = attribute(_text, repr=False)
-    batch_size: int = attribute(_integer(1, 10_000), "500")
-    query_timeout_seconds: int = attribute(_integer(1, 86_400), "3600")
-    verify: bool = attribute(_boolean, "false")
+    connection_string: str = attribute(Parse.text, connection_string=True)
+    batch_size: int = attribute(Parse.integer(1, 10_000), "500")
+    query_timeout_seconds: int = attribute(Parse.integer(1, 86_400), "3600")
+    verify: bool = attribute(Parse.boolean, "false")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """<Limits>."""
+class Limits(Element):
+    """<Limits>: what one run may change in each file.
 
-    max_deletes: Limit = attribute(_limit, "10%")
-    max_updates: Limit = attribute(_limit, "50%")
-    max_failures: int = attribute(_integer(0, 1_000_000), "25")
+    A first load inserts every row, so a percentage in `max_inserts`, here or on an <SQLDiff>,
+    applies only where the database has at least `min_rows` rows; a number of rows always applies.
+    """
+
+    max_deletes: Limit = attribute(Parse.limit, "10%")
+    max_updates: Limit = attribute(Parse.limit, "50%")
+    max_inserts: Limit | None = attribute(Parse.limit, None)
+    min_rows: int = attribute(Parse.integer(0, 1_000_000_000), "200")
+    usual: float | None = attribute(Parse.factor, None)  # How many times the usual changes.
+    max_failures: int = attribute(Parse.integer(0, 1_000_000), "25")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class History:
+class History(Element):
     """<History>."""
 
-    keep_runs: int = attribute(_integer(1, 100_000), "365")
+    keep_runs: int = attribute(Parse.integer(1, 100_000), "365")
+    report_keys: bool = attribute(Parse.boolean, "true")  # Whether report.html shows keys of rows.
+    metrics: str | None = attribute(Parse.text, None)  # A file, relative to the home folder.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
+class Pause(Element):
+    """<Pause>: the days, the first and the last included, on which nothing runs.
+
+    Either two dates (2027-07-20) or two days of every year (07-20), then also across New Year.
+    """
+
+    from_: str = attribute(Parse.day)
+    to: str = attribute(Parse.day)
+    why: str = attribute(Parse.anything, "")
+
+    def covers(self, day: datetime.date) -> bool:
+        text = f"{day:%Y-%m-%d}"[-len(self.to) :]
+        if self.from_ <= self.to:
+            return self.from_ <= text <= self.to
+        return text >= self.from_ or text <= self.to
+
+    def problems(self) -> Iterator[Problem]:
+        if len(self.from_) != len(self.to):
+            remedy = "write both as 2027-07-20, or both as 07-20 for every year"
+            yield "to", f"'{self.to}' does not match from=\"{self.from_}\"", remedy
+        elif len(self.to) == 10 and self.to < self.from_:
+            yield "to", f"'{self.to}' is before from=\"{self.from_}\"", "correct the value"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Notice(Element):
+    """<Notify>: whom to tell of which outcomes."""
+
+    on: str = attribute(Parse.choice("failure", "held", "always"), "failure")
+    ping: str | None = attribute(Parse.web_address, None, secret=True)  # A dead man's switch.
+    url: str | None = attribute(Parse.address, None, secret=True)  # Where to send the message.
+
+    def problems(self) -> Iterator[Problem]:
+        if not (self.ping or self.url):
+            yield "", "has neither ping nor url", 'add ping="https://..." or url="..."'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call(Element):
     """<Insert>, <Update> or <Delete>: a procedure, or one SQL statement with `?` marks."""
 
-    procedure: str | None = attribute(_procedure, None)
-    parameters: tuple[str, ...] | None = attribute(_names, None)
+    procedure: str | None = attribute(Parse.procedure, None)
+    parameters: Row | None = attribute(Parse.names, None)
     statement: str = ""
+
+    def problems(self) -> Iterator[Problem]:
+        if bool(self.procedure) == bool(self.statement):
+            yield (
+                "",
+                "needs a procedure or one SQL statement, but not both",
+                'write procedure="dbo.name", or parameters="a,b" and SQL with a ? for each',
+            )
+        elif self.statement:
+            pattern = r"'(?:[^']|'')*'|\"[^\"]*\"|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|(\?)"
+            marks = sum(1 for found in re.finditer(pattern, self.statement, re.S) if found[1])
+            names = len(self.parameters or ())
+            if marks != names:
+                yield (
+                    "parameters",
+                    f"names {plural(names, 'column')} for {plural(marks, '? mark')}",
+                    'name one column for each ?, in order: parameters="a,b"',
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SqlDiff:
+class SqlDiff(Element):
     """<SQLDiff>: one file of SameGoal and the query that gives the same rows."""
 
-    file: str = attribute(_csv_name)
-    key: tuple[str, ...] | None = attribute(_key, None)
-    sort: bool = attribute(_boolean, "false")
-    trim: bool = attribute(_boolean, "false")
-    null_text: str | None = attribute(_text, None)
-    date_format: str | None = attribute(_date_format, None)
-    ignore_case: bool = attribute(_boolean, "false")
-    ignore_number_form: bool = attribute(_boolean, "false")
-    max_deletes: Limit | None = attribute(_limit, None)
-    max_updates: Limit | None = attribute(_limit, None)
+    file: str = attribute(Parse.csv_name)
+    key: Row | None = attribute(Parse.key, None)
+    sort: bool = attribute(Parse.boolean, "false")
+    trim: bool = attribute(Parse.boolean, "false")
+    null_text: str | None = attribute(Parse.text, None)
+    date_format: str | None = attribute(Parse.date_format, None)
+    ignore_case: bool = attribute(Parse.boolean, "false")
+    ignore_number_format: bool = attribute(Parse.boolean, "false")
+    ignore_line_breaks: bool = attribute(Parse.boolean, "false")
+    ignore_columns: Row = attribute(Parse.optional(Parse.columns, ()), "")
+    # How far two numbers in a column may be apart and count as equal.
+    tolerance: tuple[tuple[str, decimal.Decimal], ...] = attribute(
+        Parse.optional(Parse.tolerance, ()), ""
+    )
+    # What a column means that only SameGoal's file has.
+    new_columns: str = attribute(Parse.choice("error", "report"), "error")
+    max_deletes: Limit | None = attribute(Parse.limit, None)  # None: as <Limits> says
+    max_updates: Limit | None = attribute(Parse.limit, None)
+    max_inserts: Limit | None = attribute(Parse.limit, None)
     query: str = ""
     calls: dict[str, Call] = dataclasses.field(default_factory=dict)  # operation -> Call
     where: str = ""  # file and line
 
+    def problems(self) -> Iterator[Problem]:
+        key = {name.removesuffix(":int") for name in self.key or ()}
+        with_tolerance = [column for column, _ in self.tolerance]
+        for name, columns in ("ignoreColumns", self.ignore_columns), ("tolerance", with_tolerance):
+            if found := next((column for column in columns if column in key), None):
+                reason = f"names the key column '{shortened(found)}'"
+                yield name, reason, "remove that column here or from key="
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Statement:
+class Statement(Element):
     """<SQL> in <Upload>: run for its effect, or for the rows of `file`."""
 
-    file: str | None = attribute(_csv_name, None)
+    file: str | None = attribute(Parse.csv_name, None)
+    max_shrink: Limit | None = attribute(Parse.limit, None)  # Rows fewer than in the last run.
     sql: str = ""
     where: str = ""  # file and line
 
+    def problems(self) -> Iterator[Problem]:
+        if self.max_shrink and not self.file:
+            yield "maxShrink", "has no effect without file=", "add file=, or delete maxShrink="
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttendanceSettings:
+class AttendanceSettings(Element):
     """<Attendance> in <SchooLinks>."""
 
-    enabled: bool = attribute(_boolean, "true")
-    file: str = attribute(_csv_name, "attendance_percentage.csv")
-    scale: str = attribute(_choice("fraction", "percent"), "fraction")
+    enabled: bool = attribute(Parse.boolean, "true")
+    file: str = attribute(Parse.csv_name, "attendance_percentage.csv")
+    view: str = attribute(Parse.table, "ps_adaadm_daily_ctod")
+    scale: str = attribute(Parse.choice("fraction", "percent"), "fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GpaSettings:
+class GpaSettings(Element):
     """<GPA> in <SchooLinks>; a column that is '' stays blank in the file."""
 
-    enabled: bool = attribute(_boolean, "true")
-    file: str = attribute(_csv_name, "gpa.csv")
-    table: str = attribute(_table, "u_def_ext_students0")
-    unweighted: str = attribute(_optional_column, "simple_gpa")
-    weighted: str = attribute(_optional_column, "weighted_gpa")
+    enabled: bool = attribute(Parse.boolean, "true")
+    file: str = attribute(Parse.csv_name, "gpa.csv")
+    table: str = attribute(Parse.table, "u_def_ext_students0")
+    unweighted: str = attribute(Parse.optional(Parse.column, ""), "simple_gpa")
+    weighted: str = attribute(Parse.optional(Parse.column, ""), "weighted_gpa")
+
+    def problems(self) -> Iterator[Problem]:
+        if self.enabled and not (self.unweighted or self.weighted):
+            yield "", "names no column", "set unweighted= or weighted="
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TagSettings:
+class TagSettings(Element):
     """<Tag>: students whose `column` equals `equals` get a row."""
 
-    name: str = attribute(_text)
-    detailed_name: str = attribute(_text)
-    description: str = attribute(_text)
-    table: str = attribute(_table)
-    column: str = attribute(_column)
-    equals: str = attribute(_text)
+    name: str = attribute(Parse.text)
+    detailed_name: str = attribute(Parse.text)
+    description: str = attribute(Parse.text)
+    table: str = attribute(Parse.table)
+    column: str = attribute(Parse.column)
+    equals: str = attribute(Parse.text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TagsSettings:
+class TagsSettings(Element):
     """<Tags> in <SchooLinks>."""
 
-    enabled: bool = attribute(_boolean, "true")
-    file: str = attribute(_csv_name, "student_tags.csv")
+    enabled: bool = attribute(Parse.boolean, "true")
+    file: str = attribute(Parse.csv_name, "student_tags.csv")
     tags: tuple[TagSettings, ...] = ()
+
+    def problems(self) -> Iterator[Problem]:
+        if self.enabled and not self.tags:
+            yield "", "has no <Tag>", 'add one, or set enabled="false"'
+
+
+# SchooLinks' identifiers -> the columns of PowerSchool's table students that hold them
+IDENTIFIER_COLUMNS = {
+    "student_number": "student_number",
+    "student_sis_id": "id",
+    "student_state_id": "state_studentnumber",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SchooLinksSettings:
-    """<SchooLinks>; a section that is not there is switched off."""
+class SchooLinksSettings(Element):
+    """<SchooLinks>; a section that is not there is disabled."""
 
-    directory: str = attribute(_remote_directory, "/automated")
-    test_directory: str = attribute(_remote_directory, "/other")
-    ignored_school: int | None = attribute(_optional_integer, "901")
-    grades: tuple[int, ...] = attribute(_grades, "8,9,10,11,12")
-    school_year_start: tuple[int, int] = attribute(_month_day, "07-01")
-    max_shrink: Limit = attribute(_limit, "10%")
-    quoting: str = attribute(_choice("all", "minimal"), "all")
-    private_key: str = attribute(_optional_text, "")
-    passphrase: str = attribute(_optional_text, "", repr=False)
-    thick_mode: bool = attribute(_boolean, "false")
-    client_directory: str | None = attribute(_text, None)
-    query_timeout_seconds: int = attribute(_integer(1, 86_400), "600")
-    timeout_seconds: int = attribute(_integer(1, 3600), "60")
-    attendance: AttendanceSettings
-    gpa: GpaSettings
-    tags: TagsSettings
+    # How SchooLinks tells students apart, and the column of the table students that says it.
+    identifier: str = attribute(Parse.choice(*IDENTIFIER_COLUMNS), "student_number")
+    identifier_column: str = attribute(Parse.optional(Parse.column, ""), "")
+    directory: str = attribute(Parse.remote_directory, "/automated")
+    test_directory: str = attribute(Parse.remote_directory, "/other")
+    ignored_school: int | None = attribute(Parse.optional(Parse.integer(0, 999_999_999)), "901")
+    grades: tuple[int, ...] = attribute(Parse.grades, "8,9,10,11,12")
+    school_year_start: tuple[int, int] = attribute(Parse.month_day, "07-01")
+    max_shrink: Limit = attribute(Parse.limit, "10%")
+    max_change: Limit = attribute(Parse.limit, "50%")  # Rows that differ from the last upload.
+    quoting: str = attribute(Parse.choice("all", "minimal"), "all")
+    private_key: str = attribute(Parse.anything, "")
+    passphrase: str = attribute(Parse.anything, "", secret=True)
+    thick_mode: bool = attribute(Parse.boolean, "false")
+    client_directory: str | None = attribute(Parse.text, None)
+    query_timeout_seconds: int = attribute(Parse.integer(1, 86_400), "600")
+    timeout_seconds: int = attribute(Parse.integer(1, 3600), "60")
+    attendance: AttendanceSettings = AttendanceSettings(enabled=False)
+    gpa: GpaSettings = GpaSettings(enabled=False)
+    tags: TagsSettings = TagsSettings(enabled=False)
+
+    def __post_init__(self) -> None:
+        column = self.identifier_column or IDENTIFIER_COLUMNS[self.identifier]
+        object.__setattr__(self, "identifier_column", column)
+
+    def problems(self) -> Iterator[Problem]:
+        if not (self.attendance.enabled or self.gpa.enabled or self.tags.enabled):
+            yield "", "has no enabled section", "add or enable <Attendance>, <GPA> or <Tags>"
+
+
+# ---------------------------------------------------------------------- configuration: XmlSource
+
+# Given: the path of config.xml, and values with placeholders in them.
+# Gives: the elements and the lines on which they stand; the values with the placeholders replaced.
+# Raises: ConfigError.
+
+
+class XmlSource:
+    """config.xml as text and as elements, and the line on which a thing stands.
+
+    lxml knows only the line on which a start tag ends, so the text is searched backwards from
+    there.  Raises ConfigError where the file cannot be read or is not a <Config> in XML.
+    """
+
+    # What may stand before a DOCTYPE: blanks, byte order marks, declarations, comments.
+    DOCTYPE = re.compile(
+        rb"(?:[\s\xef\xbb\xbf\xfe\xff]|<\?(?:(?!\?>).)*\?>|<!--(?:(?!-->).)*-->)*<!DOCTYPE", re.S
+    )
+    ATTRIBUTE = re.compile(r"""\s([^\s=<>"'/]+)\s*=\s*(?:"[^"]*"|'[^']*')""")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        raw = self._raw()
+        doctype = self.DOCTYPE.match(raw.replace(b"\0", b""))  # without them UTF-16 reads as ASCII
+        if doctype:
+            line = doctype[0].count(b"\n") + 1
+            raise ConfigError(
+                f"{path.name}:{line}: contains a DOCTYPE, which is not allowed (it could read "
+                "other files)",
+                "delete the <!DOCTYPE ...>",
+            )
+        self.root = self._parse(raw)
+        encoding = self.root.getroottree().docinfo.encoding or "UTF-8"
+        try:
+            self.text = raw.decode(encoding, "replace") + "\n"
+        except LookupError:  # known to libxml2 alone
+            self.text = raw.decode("latin-1") + "\n"
+        self.line_ends = [match.start() for match in re.finditer("\n", self.text)]
+        if self.root.tag != "Config":
+            raise ConfigError(
+                f"{self.where(self.root)}: the root element is "
+                f"<{shortened(one_line(self.root.tag))}>, not <Config>",
+                "start from the config.xml that came with sgsync",
+            )
+
+    def where(self, element: etree._Element) -> str:
+        """`config.xml:12`."""
+        return f"{self.path.name}:{self.line_of(element)}"
+
+    def line_of(self, element: etree._Element, name: str = "") -> int:
+        """The line of an attribute, or of its start tag."""
+        end = self._end_of_tag(element)
+        begin = self.text.rfind(f"<{element.tag}", 0, end)
+        if begin < 0:  # such as {namespace}Tag
+            return self._line_at(end)
+        for match in self.ATTRIBUTE.finditer(self.text, begin, end) if name else ():
+            if match[1] == name:
+                begin = match.start(1)
+                break
+        return self._line_at(begin)
+
+    def line_of_text(self, before: etree._Element, word: str) -> int:
+        """The line of text that begins with `word` behind a tag of `before`."""
+        begin = self.text.rfind("\n", 0, self._end_of_tag(before)) + 1
+        found = re.compile(rf">\s*(?={re.escape(word)})").search(self.text, begin)
+        return self._line_at(found.end() if found else begin)
+
+    def _raw(self) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                raw = file.read(CONFIG_BYTES + 1)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be read: {error.strerror}",
+                "name the folder that holds config.xml with --home, or the file with --config",
+            ) from None
+        if len(raw) > CONFIG_BYTES:
+            raise ConfigError(
+                f"{self.path}: is larger than {CONFIG_BYTES:,} bytes, too large for a "
+                "configuration file",
+                "name the right file with --config",
+            )
+        return raw
+
+    def _parse(self, raw: bytes) -> etree._Element:
+        from lxml import etree
+
+        parser = etree.XMLParser(
+            resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
+        )
+        try:
+            return etree.fromstring(raw, parser)
+        except etree.XMLSyntaxError as error:
+            # What it names may be the part of a password after its & or its quote.
+            reason = re.sub(
+                r"Entity '.*?' not defined", "a & that does not start an entity", error.msg
+            )
+            reason = re.sub(
+                r"((?:for|^)\s*attribute|QName|prefix) .*?(?=, line| redefined| is not defined|$)",
+                r"\1 ...", reason, flags=re.I,
+            )  # fmt: skip
+            reason = re.sub(r", line \d+, column (\d+)$", r" (column \1)", reason)
+            raise ConfigError(
+                f"{self.path.name}:{error.lineno or 1}: not well-formed XML: {one_line(reason)}",
+                "check that line and the one above it for a missing quote, bracket or end tag; "
+                "write & as &amp; and < as &lt; in attributes, and SQL inside <![CDATA[ ... ]]>",
+            ) from None
+
+    def _end_of_tag(self, element: etree._Element) -> int:
+        """The offset of the end of the line on which a start tag ends."""
+        line = cast("int", element.sourceline or 1)
+        return self.line_ends[min(line, len(self.line_ends)) - 1]
+
+    def _line_at(self, offset: int) -> int:
+        return bisect.bisect_left(self.line_ends, offset) + 1
+
+
+class Placeholders:
+    """`${env:NAME}`, `${keyring:NAME}` and `${file:PATH}` in the values of attributes.
+
+    `secrets` and `files` collect what must not be shown and the files that were read.
+    """
+
+    PATTERN = re.compile(r"\$\{(?:(env|keyring|file):([^${}]+)\})?")
+    PASSWORD = re.compile(r"(?i)(?:^|;)\s*(?:pwd|password)\s*=\s*(\{(?:[^}]|\}\})*\}|[^;]*)")
+    FILE_BYTES = 65_536  # A file with a secret may not be larger.
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.secrets: set[str] = set()
+        self.files: list[Path] = []
+
+    def expand(self, raw: str, *, connection_string: bool) -> tuple[str, list[ConfigError]]:
+        """The value with every placeholder replaced, and what is wrong with some of them."""
+        errors: list[ConfigError] = []
+
+        def value(match: re.Match[str]) -> str:
+            try:
+                found = self._value(match)
+            except ConfigError as error:
+                errors.append(error)
+                return ""
+            return self._quoted(found, raw[: match.start()]) if connection_string else found
+
+        return self.PATTERN.sub(value, raw), errors
+
+    @classmethod
+    def passwords(cls, connection_string: str) -> Iterator[str]:
+        """The passwords in an ODBC connection string, as written and as meant."""
+        for match in cls.PASSWORD.finditer(connection_string):
+            yield match[1]
+            if match[1].startswith("{"):
+                yield match[1][1:-1].replace("}}", "}")
+
+    def _value(self, match: re.Match[str]) -> str:
+        source, name = match[1], match[2]
+        if not name:
+            # What is not an attempt at a name may be part of a password.
+            named = re.match(r"\$\{(?:\w+:\w*\}?|\w+\})", match.string[match.start() :])
+            raise ConfigError(
+                f"'{named[0]}' is not a valid placeholder"
+                if named
+                else "contains an invalid ${...} placeholder",
+                "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
+            )
+        if source == "env":
+            found = self._variable(name)
+        else:
+            found = self._entry(name) if source == "keyring" else self._first_line(name)
+        if source != "env" or re.search(r"(?i)pass|pwd|secret|token", name):
+            self.secrets.add(found)
+        return found
+
+    def _variable(self, name: str) -> str:
+        found, shown = os.environ.get(name), shortened(name)
+        if not found:
+            raise ConfigError(
+                f"the environment variable {shown} is {'not set' if found is None else 'empty'}",
+                "set it for the account that runs sgsync, then start sgsync again",
+            )
+        return found
+
+    def _entry(self, name: str) -> str:
+        """An entry of the system's password store."""
+        entry, other = (
+            f"the keyring entry {shortened(name)}",
+            "use ${env:NAME} or ${file:PATH} instead",
+        )
+        try:
+            import keyring
+            import keyring.errors
+        except ImportError:
+            raise ConfigError(
+                f"{entry} cannot be read: the keyring package is not installed",
+                f"pip install keyring, or {other}",
+            ) from None
+        try:
+            found = keyring.get_password("sgsync", name)
+        except keyring.errors.KeyringError as error:
+            raise ConfigError(
+                f"{entry} cannot be read: {one_line(error)}",
+                f"make the system's password store available to this account, or {other}",
+            ) from None
+        if not found:
+            raise ConfigError(
+                f"{entry} is {'not set' if found is None else 'empty'}",
+                f"store it: keyring set sgsync {name}",
+            )
+        return found
+
+    def _first_line(self, name: str) -> str:
+        """The first line of a file, without the blanks around it: `echo x > file` leaves some."""
+        path = self.home / name
+        shown = shortened(str(path), 300)
+        again = "save it as UTF-8 text with the secret on the first line"
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe might never end
+                raise ConfigError(f"{shown} is not a file", "name a file that holds the secret")
+            with path.open("rb") as file:
+                raw = file.read(self.FILE_BYTES + 1)
+        except FileNotFoundError:
+            raise ConfigError(f"the file {shown} does not exist", f"create it: {again}") from None
+        except OSError as error:
+            raise ConfigError(
+                f"the file {shown} cannot be read: {error.strerror}",
+                "let the account that runs sgsync read it",
+            ) from None
+        if len(raw) > self.FILE_BYTES:
+            raise ConfigError(f"the file {shown} is larger than {self.FILE_BYTES:,} bytes", again)
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = "\0"
+        if re.search(r"[\0-\x08\x0e-\x1f\x7f]", text):  # as in UTF-16 without a byte order mark
+            raise ConfigError(f"the file {shown} is not UTF-8 text", again)
+        found = re.split(r"[\r\n]", text, maxsplit=1)[0].strip()
+        if not found:
+            which = "the first line of the file" if text.strip() else "the file"
+            raise ConfigError(f"{which} {shown} is empty", again)
+        self.files.append(path)
+        return found
+
+    @staticmethod
+    def _quoted(value: str, before: str) -> str:
+        """A value for a connection string whose text up to it is `before`.
+
+        In ODBC a value with a special character stands in braces, a brace doubled.  (psqlODBC reads
+        + and % as in a URL, unless they stand in braces.)
+        """
+        if re.search(r"=\s*\{[^}]*$", before):
+            return value.replace("}", "}}")
+        special = re.search(r"[\[\]{}(),;?*=!@+%]|^\s|\s$", value)
+        whole = re.search(r"=\s*$", before)
+        return "{" + value.replace("}", "}}") + "}" if whole and special else value
+
+
+# ---------------------------------------------------------------------- configuration: load_config
+
+# Given: the path of config.xml, and which of the Config classes a command wants.
+# Gives: an instance of that class, checked.
+# Raises: ConfigError that tells every mistake at once.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """config.xml, checked whole.  Elements that the command does not use may be None."""
+    """What every command can use of config.xml.
+
+    A field with `element` in its metadata holds what that child of <Config> says; the command
+    needs the element unless the field has a default.
+    """
 
     path: Path
-    sftp: SftpSettings
-    database: DatabaseSettings
-    limits: Limits
-    history: History
-    sql_diffs: tuple[SqlDiff, ...]
-    statements: tuple[Statement, ...]
-    schoolinks: SchooLinksSettings
+    history: History = dataclasses.field(default_factory=History, metadata={"element": "History"})
     secrets: frozenset[str] = dataclasses.field(repr=False)
+    pauses: tuple[Pause, ...] = dataclasses.field(default=(), metadata={"element": "Pause"})
+    notices: tuple[Notice, ...] = dataclasses.field(default=(), metadata={"element": "Notify"})
+    secret_files: tuple[Path, ...]  # The files that `${file:PATH}` names.
+
+    @classmethod
+    def elements(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The children of <Config> that the command uses."""
+        return {
+            field.metadata["element"]: field
+            for field in dataclasses.fields(cls)
+            if "element" in field.metadata
+        }
+
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyncConfig(Config):
+    """What `sync` uses of config.xml."""
+
+    sftp: SftpSettings = dataclasses.field(metadata={"element": "SFTP"})
+    database: DatabaseSettings = dataclasses.field(metadata={"element": "Database"})
+    limits: Limits = dataclasses.field(default_factory=Limits, metadata={"element": "Limits"})
+    sql_diffs: tuple[SqlDiff, ...] = dataclasses.field(metadata={"element": "Download"})
+    statements: tuple[Statement, ...] = dataclasses.field(
+        default=(), metadata={"element": "Upload"}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchooLinksConfig(Config):
+    """What `schoolinks` uses of config.xml."""
+
+    schoolinks: SchooLinksSettings = dataclasses.field(metadata={"element": "SchooLinks"})
 
 
 # element -> (its dataclass, elements that may stand in it)
-ELEMENTS: dict[str, tuple[type | None, tuple[str, ...]]] = {
+ELEMENTS: dict[str, tuple[type[Element] | None, tuple[str, ...]]] = {
     "Config": (
         None,
-        ("SFTP", "Database", "Limits", "History", "Download", "Upload", "SchooLinks"),
+        (
+            "SFTP",
+            "Database",
+            "Limits",
+            "History",
+            "Pause",
+            "Notify",
+            "Download",
+            "Upload",
+            "SchooLinks",
+        ),
     ),
     "SFTP": (SftpSettings, ()),
     "Database": (DatabaseSettings, ()),
     "Limits": (Limits, ()),
     "History": (History, ()),
+    "Pause": (Pause, ()),
+    "Notify": (Notice, ()),
     "Download": (None, ("SQLDiff",)),
     "SQLDiff": (SqlDiff, ("Query", "Insert", "Update", "Delete")),
     "Query": (None, ()),
@@ -675,176 +1170,59 @@ ELEMENTS: dict[str, tuple[type | None, tuple[str, ...]]] = {
     "Tags": (TagsSettings, ("Tag",)),
     "Tag": (TagSettings, ()),
 }
-REPEATABLE = {"SQLDiff", "SQL", "Tag"}
+REPEATABLE = {"Pause", "Notify", "SQLDiff", "SQL", "Tag"}
 TEXT_ELEMENTS = {"Query", "Insert", "Update", "Delete", "SQL"}
-USED_BY = {
-    "sync": {"SFTP", "Database", "Limits", "History", "Download", "Upload"},
-    "schoolinks": {"SchooLinks", "History"},
-}
-NEEDED_BY = {"sync": ("SFTP", "Database", "Download"), "schoolinks": ("SchooLinks",)}
-
-_DOCTYPE = re.compile(
-    rb"(?:[\s\xef\xbb\xbf\xfe\xff]|<\?(?:(?!\?>).)*\?>|<!--(?:(?!-->).)*-->)*<!DOCTYPE", re.S
-)
-_XML_ATTRIBUTE = re.compile(r"""\s([^\s=<>"'/]+)\s*=\s*(?:"[^"]*"|'[^']*')""")
-_PLACEHOLDER = re.compile(r"\$\{(?:(env|keyring):([^${}]+)\})?")
-_PASSWORD = re.compile(r"(?i)(?:^|;)\s*(?:pwd|password)\s*=\s*(\{(?:[^}]|\}\})*\}|[^;]*)")
-_SQL_TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|(\?)", re.S)
 
 
-def attributes_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
-    """The attributes of an element as config.xml spells them."""
-    return {
-        re.sub(r"_(.)", lambda match: match[1].upper(), field.name): field
-        for field in dataclasses.fields(cls)
-        if "parse" in field.metadata
-    }
+class ConfigReader:
+    """The walk through config.xml; collects the errors instead of stopping at the first."""
 
-
-def load_config(path: Path, command: str) -> Config:
-    """Read and check config.xml for `command` (`sync` or `schoolinks`).
-
-    Raises ConfigError with every error of the file at once, each with file, line, element,
-    reason and remedy.
-    """
-    return _ConfigReader(path, command).read()
-
-
-class _ConfigReader:
-    """One reading of config.xml; collects the errors instead of stopping at the first."""
-
-    def __init__(self, path: Path, command: str) -> None:
-        self.path, self.command = path, command
-        self.text = ""  # The file, to look up lines in.
-        self.line_ends: list[int] = []  # Offsets in `text`.
-        self.errors: list[tuple[int, str]] = []
-        self.secrets: set[str] = set()
+    def __init__(self, path: Path) -> None:
+        self.source = XmlSource(path)
+        self.placeholders = Placeholders(path.parent)
+        self.errors: list[tuple[int, str]] = []  # line, text
+        self.faulty: set[etree._Element] = set()  # With an error in them, however deep.
         self.used = True  # Whether the element being read matters to the command.
 
-    def read(self) -> Config:
-        root = self._parse()
+    def read(self, wanted: type[C]) -> C:
+        root, fields = self.source.root, wanted.elements()
         self._attributes(root)
-        sections: dict[str, Any] = {}
+        made: dict[str, list[Any]] = collections.defaultdict(list)
         for element in self._children(root):
-            self.used = element.tag in USED_BY[self.command]
-            sections[element.tag] = self._read_section(element)
-        for tag in NEEDED_BY[self.command]:
-            if tag not in sections:
-                self._fail(root, "", f"has no <{tag}> element", f"take <{tag}> from the template")
+            self.used = element.tag in fields
+            made[element.tag].append(self._section(element))
+        for tag, field in fields.items():
+            needed = field.default is field.default_factory is dataclasses.MISSING
+            if needed and tag not in made:
+                remedy = f"copy <{tag}> from the config.xml that came with sgsync"
+                self._fail(root, "", f"has no <{tag}> element", remedy)
         if self.errors:
             raise self._error()
-        return Config(
-            path=self.path,
-            sftp=sections.get("SFTP", cast("SftpSettings", None)),
-            database=sections.get("Database", cast("DatabaseSettings", None)),
-            limits=sections.get("Limits") or _defaults(Limits),
-            history=sections.get("History") or _defaults(History),
-            sql_diffs=sections.get("Download", ()),
-            statements=sections.get("Upload", ()),
-            schoolinks=sections.get("SchooLinks", cast("SchooLinksSettings", None)),
-            secrets=frozenset(secret for secret in self.secrets if len(secret) > 2),
-        )
-
-    def _parse(self) -> etree._Element:
-        from lxml import etree
-
-        raw = self._raw()
-        doctype = _DOCTYPE.match(raw.replace(b"\0", b""))  # without them UTF-16 reads as ASCII
-        if doctype:
-            line = doctype[0].count(b"\n") + 1
-            raise ConfigError(
-                f"{self.path.name}:{line}: has a DOCTYPE, which is refused (it can read other "
-                "files)",
-                "delete it: <!DOCTYPE ...>",
-            )
-        parser = etree.XMLParser(
-            resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
-        )
-        try:
-            root = etree.fromstring(raw, parser)
-        except etree.XMLSyntaxError as error:
-            # What it names may be the part of a password after its & or its quote.
-            reason = re.sub(r"Entity '.*?' not defined", "a & that begins no entity", error.msg)
-            reason = re.sub(
-                r"((?:for|^)\s*attribute|QName|prefix) .*?(?=, line| redefined| is not defined|$)",
-                r"\1 ...", reason, flags=re.I,
-            )  # fmt: skip
-            reason = re.sub(r", line \d+, column (\d+)$", r" (column \1)", reason)
-            raise ConfigError(
-                f"{self.path.name}:{error.lineno or 1}: not well-formed XML: {one_line(reason)}",
-                "look at that line and the one above for a missing quote, bracket or end tag; "
-                "write & as &amp; and < as &lt; in attributes, and SQL inside <![CDATA[ ... ]]>",
-            ) from None
-        encoding = root.getroottree().docinfo.encoding or "UTF-8"
-        try:
-            self.text = raw.decode(encoding, "replace") + "\n"
-        except LookupError:  # known to libxml2 alone
-            self.text = raw.decode("latin-1") + "\n"
-        self.line_ends = [match.start() for match in re.finditer("\n", self.text)]
-        if root.tag != "Config":
-            raise ConfigError(
-                f"{self.path.name}:{self._line_of(root, '')}: the outermost element is "
-                f"<{shortened(one_line(root.tag))}>, not <Config>",
-                "start from the config.xml that came with sgsync",
-            )
-        return root
-
-    def _raw(self) -> bytes:
-        try:
-            with self.path.open("rb") as file:
-                raw = file.read(CONFIG_BYTES + 1)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot be read: {error.strerror}",
-                "give the folder that holds config.xml with --home, or the file with --config",
-            ) from None
-        if len(raw) > CONFIG_BYTES:
-            raise ConfigError(
-                f"{self.path}: is larger than {CONFIG_BYTES:,} bytes, so it is no configuration",
-                "give the right file with --config",
-            )
-        return raw
+        secrets = frozenset(secret for secret in self.placeholders.secrets if len(secret) > 2)
+        files = tuple(self.placeholders.files)
+        found: dict[str, Any] = {
+            fields[tag].name: tuple(several) if tag in REPEATABLE else several[0]
+            for tag, several in made.items()
+            if tag in fields
+        }
+        return wanted(path=self.source.path, secrets=secrets, secret_files=files, **found)
 
     def _fail(
         self, element: etree._Element, name: str, reason: str, remedy: str, line: int = 0
     ) -> None:
-        line = line or self._line_of(element, name)
+        self.faulty.update((element, *element.iterancestors()))
+        line = line or self.source.line_of(element, name)
         tag, name = one_line(element.tag)[:80], one_line(name)[:80]
         place = f"<{tag} {name}>" if name else f"<{tag}>"
-        text = f"{self.path.name}:{line}: {place}: {one_line(reason)}"
-        self.errors.append((line, f"{text}\nTry: {remedy}"))
+        text = f"{self.source.path.name}:{line}: {place}: {one_line(reason)}"
+        self.errors.append((line, f"{text}\nTry: {one_line(remedy)}"))
         if len(self.errors) == CONFIG_ERRORS:
             raise self._error()
 
     def _error(self) -> ConfigError:
         self.errors.sort(key=operator.itemgetter(0))
-        keep_secret(self.secrets)
+        keep_secret(self.placeholders.secrets)
         return ConfigError("\n".join(text for _, text in self.errors))
-
-    def _line_of(self, element: etree._Element, name: str) -> int:
-        """The line of an attribute, or of its start tag; lxml knows only where that tag ends."""
-        end = self._end_of_tag(element)
-        begin = self.text.rfind(f"<{element.tag}", 0, end)
-        if begin < 0:  # such as {namespace}Tag
-            return self._line_at(end)
-        for match in _XML_ATTRIBUTE.finditer(self.text, begin, end) if name else ():
-            if match[1] == name:
-                begin = match.start(1)
-                break
-        return self._line_at(begin)
-
-    def _where(self, element: etree._Element) -> str:
-        return f"{self.path.name}:{self._line_of(element, '')}"
-
-    def _end_of_tag(self, element: etree._Element) -> int:
-        """The offset of the end of the line on which a start tag ends."""
-        line = cast("int", element.sourceline or 1)
-        return self.line_ends[min(line, len(self.line_ends)) - 1]
-
-    def _line_at(self, offset: int) -> int:
-        import bisect
-
-        return bisect.bisect_left(self.line_ends, offset) + 1
 
     def _children(self, element: etree._Element) -> Iterator[etree._Element]:
         """The known elements inside `element`; unknown, repeated or stray content is an error."""
@@ -854,9 +1232,9 @@ class _ConfigReader:
             if not isinstance(child.tag, str):  # a comment or a processing instruction
                 continue
             if child.tag not in allowed:
-                self._unknown(child, "", f"is not known inside <{element.tag}>", child.tag, allowed)
+                self._unknown(child, "", f"unknown element in <{element.tag}>", allowed)
             elif child.tag in seen and child.tag not in REPEATABLE:
-                self._fail(child, "", "stands there twice", "keep one of them")
+                self._fail(child, "", "appears more than once", "keep one of them")
             else:
                 seen.add(child.tag)
                 yield child
@@ -864,257 +1242,164 @@ class _ConfigReader:
             return
         for before, text in ((element, element.text), *((child, child.tail) for child in element)):
             if words := (text or "").split():
-                begin = self.text.rfind("\n", 0, self._end_of_tag(before)) + 1
-                found = re.compile(rf">\s*(?={re.escape(words[0])})").search(self.text, begin)
-                line = self._line_at(found.end() if found else begin)
+                line = self.source.line_of_text(before, words[0])
                 self._fail(element, "", "contains stray text", "delete it", line)
 
     def _unknown(
-        self, element: etree._Element, name: str, reason: str, found: str, known: Iterable[str]
+        self, element: etree._Element, name: str, reason: str, known: Iterable[str]
     ) -> None:
-        import difflib
-
         spelled = {word.lower(): word for word in known}
-        close = difflib.get_close_matches(found[:80].lower(), spelled, 1, 0.5)
-        remedy = f"write {spelled[close[0]]}" if close else f"known are {', '.join(known)}"
-        self._fail(element, name, reason, remedy if known else "delete it")
+        found = (name or str(element.tag))[:80].lower()
+        close = difflib.get_close_matches(found, spelled, 1, 0.5)
+        known_words = ", ".join(spelled.values())
+        remedy = f"write {spelled[close[0]]}" if close else f"use one of {known_words}"
+        self._fail(element, name, reason, remedy if spelled else "delete it")
 
-    def _read_section(self, element: etree._Element) -> object:
-        if element.tag == "Download":
+    def _section(self, element: etree._Element) -> object:
+        """A child of <Config>."""
+        if element.tag in ("Download", "Upload"):
             self._attributes(element)
-            return self._sql_diffs(element)
-        if element.tag == "Upload":
-            self._attributes(element)
-            return self._statements(element)
+            read = self._sql_diff if element.tag == "Download" else self._statement
+            made = [read(child) for child in self._children(element)]
+            if element.tag == "Download" and not made and self.used:
+                remedy = "copy one from the config.xml that came with sgsync"
+                self._fail(element, "", "has no <SQLDiff> element", remedy)
+            self._unique_files(element)
+            return tuple(made)
         if element.tag == "SchooLinks":
             return self._schoolinks(element)
-        list(self._children(element))
+        return self._leaf(element)
+
+    def _leaf(self, element: etree._Element) -> Any:
+        """An element in which no other may stand."""
+        list(self._children(element))  # for its errors
         return self._instance(element)
 
     def _instance(self, element: etree._Element, **more: object) -> Any:
-        """The element's dataclass, or None where one of its attributes is wrong or unfilled."""
-        values = self._attributes(element)
-        cls = ELEMENTS[element.tag][0]
-        return cls(**values, **more) if cls and len(values) == len(attributes_of(cls)) else None
+        """The element's dataclass, or None where it is faulty or of no use to the command."""
+        cls, values = ELEMENTS[element.tag][0], self._attributes(element)
+        if cls is None or not self.used or element in self.faulty:
+            return None
+        made = cls(**values, **more)
+        for problem in made.problems():
+            self._fail(element, *problem)
+        return made
 
     def _attributes(self, element: etree._Element) -> dict[str, object]:
+        """The values of the attributes that are right, by field."""
         cls = ELEMENTS[element.tag][0]
-        known = attributes_of(cls) if cls else {}
+        known = cls.attributes() if cls else {}
         for name in element.attrib:
             if name not in known:
-                self._unknown(element, str(name), "is not known", str(name), known)
+                self._unknown(element, str(name), "unknown attribute", known)
         values: dict[str, object] = {}
         for name, field in known.items():
-            default = field.metadata["default"]
-            raw = element.get(name, default)
-            if raw is REQUIRED:
-                if self.used:
-                    self._fail(element, "", f"lacks the attribute {name}", f'add {name}="..."')
-            elif raw is None:
-                values[field.name] = None
-            else:
-                self._value(element, name, field, str(raw), values)
+            raw = element.get(name)
+            if raw is not None:
+                values |= self._value(element, name, field, str(raw))
+            elif field.default is not dataclasses.MISSING:
+                values[field.name] = field.default
+            elif self.used:
+                self._fail(element, "", f"has no attribute {name}", f'add {name}="..."')
         return values
 
     def _value(
-        self,
-        element: etree._Element,
-        name: str,
-        field: dataclasses.Field[Any],
-        raw: str,
-        values: dict[str, object],
-    ) -> None:
-        if not self.used and ("TODO(user)" in raw or "${" in raw):
-            return
-        if "TODO(user)" in raw:
-            self._fail(element, name, "still holds TODO(user)", "replace it by your own value")
-            self._expand(element, name, raw)  # for its errors
-            return
-        before = len(self.errors)
-        text = self._expand(element, name, raw)
-        if name == "passphrase" and text:
-            self.secrets.add(text)
-        if name == "connectionString":
-            self.secrets.update(_passwords(text))
+        self, element: etree._Element, name: str, field: dataclasses.Field[Any], raw: str
+    ) -> dict[str, object]:
+        """The value by its field; {} where it is wrong, or of no use to the command."""
+        unfilled, about = "TODO(user)" in raw, field.metadata
+        if not self.used and (unfilled or "${" in raw):
+            return {}
+        if unfilled:
+            reason = "still contains TODO(user)"
+            self._fail(element, name, reason, "replace it with your own value")
+        connection_string = about["connection_string"]
+        text, errors = self.placeholders.expand(raw, connection_string=connection_string)
+        for error in errors:
+            self._fail(element, name, error.message, error.remedy)
+        if errors or unfilled:
+            return {}
+        if connection_string:
+            self.placeholders.secrets.update(self.placeholders.passwords(text))
+        elif about["secret"] and text:
+            self.placeholders.secrets.add(text)
         try:
-            if len(self.errors) == before:
-                values[field.name] = field.metadata["parse"](text)
+            return {field.name: about["parse"](text)}
         except ValueError as error:
-            plain = field.repr and raw.strip() and not _PASSWORD.search(raw)
+            plain = field.repr and raw.strip() and not self.placeholders.PASSWORD.search(raw)
             shown = f"'{shortened(raw)}' " if plain else ""
             self._fail(element, name, f"{shown}{error}", "correct the value")
+            return {}
 
-    def _expand(self, element: etree._Element, name: str, raw: str) -> str:
-        """`${env:NAME}` and `${keyring:NAME}` replaced; in a connection string, quoted for it."""
-
-        def value(match: re.Match[str]) -> str:
-            source, variable = match[1], match[2]
-            if not variable:
-                # What is no attempt at a name may be part of a password.
-                named = re.match(r"\$\{(?:\w+:\w*\}?|\w+\})", raw[match.start() :])
-                reason = f"'{named[0]}' is no" if named else "has a ${ that begins no"
-                remedy = "write ${env:NAME} or ${keyring:NAME}"
-                self._fail(element, name, f"{reason} placeholder", remedy)
-                return ""
-            if source == "env":
-                found, kind = os.environ.get(variable), "environment variable"
-                remedy = "set it for the account that runs sgsync, and start sgsync anew"
-            else:
-                kind = "keyring entry"
-                found, remedy = _from_keyring(variable)
-            if not found:
-                state = "not set" if found is None else "empty"
-                self._fail(element, name, f"the {kind} {variable} is {state}", remedy)
-                return ""
-            if source == "keyring" or re.search(r"(?i)pass|pwd|secret|token", variable):
-                self.secrets.add(found)
-            if name != "connectionString":
-                return found
-            if re.search(r"=\s*\{[^}]*$", raw[: match.start()]):
-                return found.replace("}", "}}")
-            # ODBC: a value with a special character stands in braces, a brace doubled.  (psqlODBC
-            # reads + and % as in a URL, unless they stand in braces.)
-            whole = re.search(r"=\s*$", raw[: match.start()])
-            special = re.search(r"[\[\]{}(),;?*=!@+%]|^\s|\s$", found)
-            return "{" + found.replace("}", "}}") + "}" if whole and special else found
-
-        return _PLACEHOLDER.sub(value, raw)
-
-    def _text_of(self, element: etree._Element) -> str:
+    def _text(self, element: etree._Element) -> str:
         """The SQL text of an element; children in it are errors."""
         list(self._children(element))
         text = "".join([element.text or "", *(child.tail or "" for child in element)]).strip()
         if "TODO(user)" in text and self.used:
-            self._fail(element, "", "still holds TODO(user)", "replace it by your own value")
+            remedy = "replace it with your own value"
+            self._fail(element, "", "still contains TODO(user)", remedy)
         return text
-
-    def _sql_diffs(self, download: etree._Element) -> tuple[SqlDiff, ...]:
-        diffs = [self._sql_diff(element) for element in self._children(download)]
-        if not diffs and self.used:
-            self._fail(download, "", "has no <SQLDiff> element", "take one from the template")
-        self._unique_files(download)
-        return tuple(diff for diff in diffs if diff)
 
     def _sql_diff(self, element: etree._Element) -> SqlDiff | None:
         query, calls = "", {}
         for child in self._children(element):
+            text = self._text(child)
             if child.tag == "Query":
                 self._attributes(child)
-                query = self._text_of(child)
+                query = text
             else:
-                calls[child.tag.lower()] = self._call(child)
-        if not query:
+                calls[child.tag.lower()] = self._instance(child, statement=text)
+        if not query and self.used:
             self._fail(element, "", "has no <Query> with SQL in it", "add the query to export")
-        made = self._instance(element, query=query, calls=calls, where=self._where(element))
-        return cast("SqlDiff | None", made)
+        where = self.source.where(element)
+        made: SqlDiff | None = self._instance(element, query=query, calls=calls, where=where)
+        return made
 
-    def _call(self, element: etree._Element) -> Call | None:
-        text = self._text_of(element)
-        call = cast("Call | None", self._instance(element, statement=text))
-        if not call:
-            return None
-        if bool(call.procedure) == bool(text):
-            self._fail(
-                element, "", "needs a procedure or one SQL statement, and not both",
-                'write procedure="dbo.name", or parameters="a,b" and SQL with a ? for each',
-            )  # fmt: skip
-        elif text:
-            marks = sum(1 for match in _SQL_TOKEN.finditer(text) if match[1])
-            if marks != len(call.parameters or ()):
-                self._fail(
-                    element, "parameters",
-                    f"names {plural(len(call.parameters or ()), 'column')} "
-                    f"for {plural(marks, '? mark')}",
-                    "name one column for each ? in order, parameters=\"a,b\"",
-                )  # fmt: skip
-        return call
+    def _statement(self, element: etree._Element) -> Statement | None:
+        sql = self._text(element)
+        if not sql and self.used:
+            self._fail(element, "", "contains no SQL", "write the statement, or delete <SQL>")
+        made: Statement | None = self._instance(element, sql=sql, where=self.source.where(element))
+        return made
 
-    def _statements(self, upload: etree._Element) -> tuple[Statement, ...]:
-        statements = []
-        for element in self._children(upload):
-            sql = self._text_of(element)
-            if not sql:
-                self._fail(element, "", "holds no SQL", "write the statement, or delete <SQL>")
-            statements.append(self._instance(element, sql=sql, where=self._where(element)))
-        self._unique_files(upload)
-        return tuple(statement for statement in statements if statement)
-
-    def _schoolinks(self, element: etree._Element) -> object:
-        made: dict[str, Any] = {}
-        before = len(self.errors)
+    def _schoolinks(self, element: etree._Element) -> SchooLinksSettings | None:
+        sections: dict[str, Any] = {}
         for child in self._children(element):
-            tags = [self._tag(tag) for tag in self._children(child)]
-            more = {"tags": tuple(tag for tag in tags if tag)} if child.tag == "Tags" else {}
-            made[child.tag] = self._instance(child, **more)
+            tags = tuple([self._leaf(tag) for tag in self._children(child)])
+            more = {"tags": tags} if child.tag == "Tags" else {}
+            sections[child.tag.lower()] = self._instance(child, **more)
         self._unique_files(element)
-        attendance = made.get("Attendance", _defaults(AttendanceSettings, enabled=False))
-        gpa = made.get("GPA", _defaults(GpaSettings, enabled=False))
-        tags = made.get("Tags", _defaults(TagsSettings, enabled=False))
-        if len(self.errors) == before and attendance and gpa and tags:
-            self._check_sections(element, attendance, gpa, tags)
-        return self._instance(element, attendance=attendance, gpa=gpa, tags=tags)
-
-    def _tag(self, element: etree._Element) -> TagSettings | None:
-        list(self._children(element))
-        return cast("TagSettings | None", self._instance(element))
-
-    def _check_sections(
-        self,
-        element: etree._Element,
-        attendance: AttendanceSettings,
-        gpa: GpaSettings,
-        tags: TagsSettings,
-    ) -> None:
-        if not (attendance.enabled or gpa.enabled or tags.enabled) and self.used:
-            remedy = "add <Attendance>, <GPA> or <Tags>, enabled"
-            self._fail(element, "", "has no section that is switched on", remedy)
-        if gpa.enabled and not (gpa.unweighted or gpa.weighted):
-            self._fail(element, "", "<GPA> names no column", "name unweighted= or weighted=")
-        if tags.enabled and not tags.tags:
-            self._fail(element, "", "<Tags> has no <Tag>", 'add one, or set enabled="false"')
+        made: SchooLinksSettings | None = self._instance(element, **sections)
+        return made
 
     def _unique_files(self, parent: etree._Element) -> None:
-        seen: set[str] = set()
+        seen = {FAILURES_NAME, NOT_CONVERGED_NAME}
         for element in parent.iterchildren("SQLDiff", "SQL", "Attendance", "GPA", "Tags"):
             name = element.get("file")
-            taken = {*seen, FAILURES_NAME, NOT_CONVERGED_NAME}
-            if name and name.lower() in taken:
-                self._fail(element, "file", f"'{name}' is taken already", "choose another name")
+            if name and name.lower() in seen:
+                self._fail(element, "file", f"'{name}' is already in use", "choose another name")
             seen.add(str(name).lower())
 
 
-def _defaults(cls: type[T], **given: object) -> T:
-    """An element that stands nowhere in config.xml."""
-    values = dict(given)
-    for field in attributes_of(cls).values():
-        default = field.metadata["default"]
-        parsed = None if default in (None, REQUIRED) else field.metadata["parse"](default)
-        values.setdefault(field.name, parsed)
-    return cls(**values)
+def config_path(home: Path) -> Path:
+    """The configuration of a home: the district's own copy, else the template.
+
+    `config.local.xml` survives an upgrade, which replaces config.xml.
+    """
+    local = home / "config.local.xml"
+    # Even a link to nowhere: the template must not run in place of what somebody chose.
+    return local if os.path.lexists(local) else home / "config.xml"
 
 
-def _passwords(connection_string: str) -> Iterator[str]:
-    """The passwords in an ODBC connection string, as written and as meant."""
-    for match in _PASSWORD.finditer(connection_string):
-        yield match[1]
-        if match[1].startswith("{"):
-            yield match[1][1:-1].replace("}}", "}")
+def load_config(path: Path, wanted: type[C]) -> C:
+    """Read and check the configuration of one command: `load_config(path, SyncConfig)`.
 
-
-def _from_keyring(name: str) -> tuple[str | None, str]:
-    """An entry of the system's password store, and what to do where there is none."""
-    try:
-        import keyring
-        import keyring.errors
-    except ImportError:
-        return None, "pip install keyring, or write ${env:NAME}"
-    try:
-        return keyring.get_password("sgsync", name), f"store it: keyring set sgsync {name}"
-    except keyring.errors.KeyringError as error:
-        return (
-            None,
-            f"make the password store available ({one_line(error)}), or write ${{env:NAME}}",
-        )
+    Elements that the command does not use are checked for what nobody can have meant, such as an
+    unknown attribute, and may be unfilled or missing.  `${file:PATH}` is relative to the folder of
+    `path`.  Raises ConfigError with every error of the file at once, each with file, line,
+    element, reason and remedy.
+    """
+    return ConfigReader(path).read(wanted)
 
 
 # ---------------------------------------------------------------------- connections: Sftp, Database
@@ -2870,7 +3155,7 @@ class FormDifferences:
     def __init__(self, spec: SqlDiff, key: Key) -> None:
         self.spec, self.key = spec, key
         self.ignore = {"case"} if spec.ignore_case else set()
-        self.ignore |= {"number"} if spec.ignore_number_form else set()
+        self.ignore |= {"number"} if spec.ignore_number_format else set()
         self.updates = self.formal = 0
         self.found: dict[tuple[int, str], tuple[int, str]] = {}  # column, kind -> count, example
 
@@ -2966,7 +3251,7 @@ def _settled_by(kind: str, before: str, after: str) -> str:
     attribute_text = {
         "blanks": 'trim="true"',
         "case": 'ignoreCase="true"',
-        "number": 'ignoreNumberForm="true"',
+        "number": 'ignoreNumberFormat="true"',
         "null": f'nullText="{before or after}"',
         "date": f'dateFormat="{found[1] if found else ""}"',
     }[kind]
@@ -3724,8 +4009,7 @@ def schoolinks_credentials(
             "SCHOOLINKS_SFTP_ADDRESS is no address", "write the host, or host:port, alone"
         )
     beside = home / "known_hosts"
-    server = _defaults(
-        SftpSettings,
+    server = SftpSettings(
         host=match[1] or match[2],
         port=int(match[3] or 22),
         username=os.environ["SCHOOLINKS_SFTP_USERNAME"],
@@ -4233,12 +4517,6 @@ def default_home() -> Path:
     return Path(sys.executable).resolve().parent if FROZEN else SCRIPT.parent
 
 
-def config_path(home: Path) -> Path:
-    """The configuration of a home: the district's own file, else the template."""
-    own = home / "config.local.xml"
-    return own if own.exists() else home / "config.xml"
-
-
 class Parser(argparse.ArgumentParser):
     """Takes no shortened options: `--for` must not mean `--force`."""
 
@@ -4531,9 +4809,9 @@ def run_sync(options: SyncOptions) -> int:
     """The nightly integration; the steps are those of the README."""
     with open_run(options) as run, only_run(run, "sync"):
         warn_of_killed(run)
-        config = load_config(options.config, "sync")
+        config = load_config(options.config, SyncConfig)
         keep_secret(config.secrets)
-        warn_of_readable(config.path, options.home / config.sftp.private_key)
+        warn_of_readable(config.path, options.home / config.sftp.private_key, *config.secret_files)
         with (
             Display(options.terminal) as display,
             Sftp(config.sftp, options.home) as sftp,
@@ -4556,7 +4834,9 @@ def warn_of_killed(run: Run) -> None:
 class Sync:
     """One nightly integration: connects the stages, and keeps the run's summary true."""
 
-    def __init__(self, options: SyncOptions, run: Run, config: Config, display: Display) -> None:
+    def __init__(
+        self, options: SyncOptions, run: Run, config: SyncConfig, display: Display
+    ) -> None:
         self.options, self.run, self.config, self.display = options, run, config, display
         self.folder, self.summary = run.folder, run.summary
         self.approved: KeptRun | None = None
@@ -4803,10 +5083,10 @@ def schoolinks_arguments() -> Parser:
 def run_schoolinks(options: SchooLinksOptions) -> int:
     """The nightly files for SchooLinks: query, build, check all of them, then upload."""
     with open_run(options) as run, only_run(run, "schoolinks"):
-        config = load_config(options.config, "schoolinks")
+        config = load_config(options.config, SchooLinksConfig)
         settings = config.schoolinks
         login, server = schoolinks_credentials(settings, options.home)
-        warn_of_readable(config.path)
+        warn_of_readable(config.path, *config.secret_files)
         keep_secret(config.secrets | {login.password, server.password, server.passphrase})
         with Display(options.terminal) as display:
             with display.phase("PowerSchool"):
@@ -4862,11 +5142,11 @@ def diff_arguments() -> Parser:
 def run_diff(options: DiffOptions) -> int:
     """`sgsync.py diff`: the diff alone, on two files."""
     try:
-        key = None if options.key is None else _key(options.key)
+        key = None if options.key is None else Parse.key(options.key)
     except ValueError as error:
         raise ConfigError(f"--key '{one_line(options.key)}': {error}", "--key id,start") from None
-    sql_diff = _defaults(
-        SqlDiff, file=options.source.name, key=key, sort=options.sort, trim=options.trim,
+    sql_diff = SqlDiff(
+        file=options.source.name, key=key, sort=options.sort, trim=options.trim,
         null_text=options.null_text,
     )  # fmt: skip
     files = (options.source, options.target)

@@ -433,14 +433,14 @@ class Calls:
         for path, content in zip(files, (rows, []), strict=True):
             with path.open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([HEADER, *content])
-        spec = sgsync.load_config(self.home / "config.xml", "sync").sql_diffs[0]
+        spec = sgsync.load_config(self.home / "config.xml", sgsync.SyncConfig).sql_diffs[0]
         return sgsync.compare(*files, self.home / "changes.csv", spec)
 
     def apply(self) -> float:
         """Calls a second of sgsync's own stage, its reading of the changes included."""
         import sgsync
 
-        config = sgsync.load_config(self.home / "config.xml", "sync")
+        config = sgsync.load_config(self.home / "config.xml", sgsync.SyncConfig)
         found = self.write_changes(self.rows)
         with (
             sgsync.Database(config.database) as database,

@@ -299,13 +299,13 @@ def test_read_keeps_no_absurd_size_in_memory(
     ("text", "reason"),
     [
         ("<Config>" + "<a>" * 100_000, "not well-formed XML"),
-        ("<Config>" + "<a>" * 200 + "</a>" * 200 + "</Config>", "<a>: is not known inside"),
-        (f'<Config><SFTP host="{"h" * 9_000_000}"/></Config>', "<SFTP>: lacks the attribute"),
+        ("<Config>" + "<a>" * 200 + "</a>" * 200 + "</Config>", "<a>: unknown element in"),
+        (f'<Config><SFTP host="{"h" * 9_000_000}"/></Config>', "<SFTP>: has no attribute"),
         (f'<Config><SFTP {"h" * 9_000_000}="1"/></Config>', "config.xml:1: "),
-        (f"<Config><{'h' * 40_000}/></Config>", "is not known inside <Config>"),
-        ("<Config>" + "<SQLDiff/>" * 300_000 + "</Config>", "is not known inside <Config>"),
+        (f"<Config><{'h' * 40_000}/></Config>", "unknown element in <Config>"),
+        ("<Config>" + "<SQLDiff/>" * 300_000 + "</Config>", "unknown element in <Config>"),
         ("<Config>" + "<!-- x -->" * 300_000 + "</Config>", "has no <SFTP> element"),
-        ("<Config " + " ".join(f'a{n}="1"' for n in range(20_000)) + "/>", "is not known"),
+        ("<Config " + " ".join(f'a{n}="1"' for n in range(20_000)) + "/>", "unknown attribute"),
     ],
     ids=["open", "deep", "value", "name", "element", "many", "comments", "attributes"],
 )
@@ -313,7 +313,7 @@ def test_load_config_of_any_shape_ends_soon(tmp_path: Path, text: str, reason: s
     path = tmp_path / "config.xml"
     path.write_text(text)
     with pytest.raises(sgsync.ConfigError) as caught:
-        sgsync.load_config(path, "sync")
+        sgsync.load_config(path, sgsync.SyncConfig)
     assert reason in str(caught.value)
     assert str(caught.value).count("\nTry: ") <= sgsync.CONFIG_ERRORS
     assert len(str(caught.value)) < 100_000
@@ -362,9 +362,11 @@ def _sql_is_data(home: homes.Home, operation: str) -> None:
 # ------------------------------------------------------------------ files that others can read
 
 
-@pytest.mark.parametrize("name", ["config.xml", "ssh/id_rsa"])
+@pytest.mark.parametrize("name", ["config.xml", "ssh/id_rsa", "ssh/phrase"])
 def test_sync_warns_of_secrets_that_others_can_read(home: homes.Home, name: str) -> None:
-    for path in (home.path / "config.xml", home.path / "ssh/id_rsa"):
+    home.configure(sftp='passphrase="${file:ssh/phrase}"')
+    (home.path / "ssh/phrase").write_text("not needed", encoding="utf-8")
+    for path in (home.path / "config.xml", home.path / "ssh/id_rsa", home.path / "ssh/phrase"):
         path.chmod(0o600)
     assert home.main() == 0
     assert "can read this file" not in home.log

@@ -119,7 +119,7 @@ def test_main_takes_another_config(ready: homes.Home, monkeypatch: pytest.Monkey
     assert ready.main("sync", "--dry-run") == 2
     path = ready.path / "config.xml"
     assert ready.summary["message"] == f"{path}: cannot be read: No such file or directory"
-    assert ready.summary["remedy"].startswith("give the folder that holds config.xml with --home")
+    assert ready.summary["remedy"].startswith("name the folder that holds config.xml with --home")
     other.write_text("<Config/", encoding="utf-8")
     assert ready.main("--config", str(other)) == 2
     assert ready.summary["message"].startswith("other.xml:1: not well-formed XML: ")
@@ -259,7 +259,7 @@ def test_main_twice_quiet_prints_problems(ready: homes.Home) -> None:
     path = ready.path / "config.xml"
     assert lines[0].startswith(f"failed: {path}: cannot be read: No such file or directory (0.")
     assert lines[0].endswith(f" s, folder {ready.run})")
-    assert lines[1].startswith("    Try: give the folder that holds config.xml with --home")
+    assert lines[1].startswith("    Try: name the folder that holds config.xml with --home")
 
 
 def test_main_json_prints_the_summary_of_a_run(ready: homes.Home) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,15 +53,19 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEST_UNSET", raising=False)
 
 
-def load(path: Path, content: str | bytes, command: str = "sync") -> sgsync.Config:
+def written(path: Path, content: str | bytes) -> Path:
     path = path / "config.xml"
     path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return sgsync.load_config(path, command)
+    return path
 
 
-def error(path: Path, content: str | bytes, command: str = "sync") -> str:
+def load(path: Path, content: str | bytes) -> sgsync.SyncConfig:
+    return sgsync.load_config(written(path, content), sgsync.SyncConfig)
+
+
+def error(path: Path, content: str | bytes, wanted: type[sgsync.Config] = sgsync.SyncConfig) -> str:
     with pytest.raises(sgsync.ConfigError) as caught:
-        load(path, content, command)
+        sgsync.load_config(written(path, content), wanted)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -136,6 +143,259 @@ def test_load_config_takes_values(tmp_path: Path, value: str, name: str, loaded:
     assert getattr(config.sftp, name) == loaded
 
 
+TWO_NOTICES = '<Notify ping="HTTPS://ping.example/x"/><Notify on="held" url="mailto://u:p@h"/>'
+
+
+@pytest.mark.parametrize(
+    ("change", "read", "loaded"),
+    [
+        (('ignoreColumns="x"', "a, b"), lambda c: c.sql_diffs[0].ignore_columns, ("a", "b")),
+        (('ignoreColumns="x"', ""), lambda c: c.sql_diffs[0].ignore_columns, ()),
+        (('newColumns="x"', "report"), lambda c: c.sql_diffs[0].new_columns, "report"),
+        (
+            ('tolerance="x"', "gpa:0.005, days absent : 10"),
+            lambda c: c.sql_diffs[0].tolerance,
+            (("gpa", decimal.Decimal("0.005")), ("days absent", decimal.Decimal(10))),
+        ),
+        (('ignoreLineBreaks="x"', "true"), lambda c: c.sql_diffs[0].ignore_line_breaks, True),
+        (('ignoreNumberFormat="x"', "true"), lambda c: c.sql_diffs[0].ignore_number_format, True),
+        (('<SQLDiff maxInserts="x"', "5"), lambda c: str(c.sql_diffs[0].max_inserts), "5"),
+        (('<Limits maxInserts="x"', "50%"), lambda c: str(c.limits.max_inserts), "50%"),
+        (('minRows="x"', "0"), lambda c: c.limits.min_rows, 0),
+        (('usual="x"', "2.5"), lambda c: c.limits.usual, 2.5),
+        (('maxShrink="x"', "10%"), lambda c: str(c.statements[1].max_shrink), "10%"),
+        (('reportKeys="x"', "false"), lambda c: c.history.report_keys, False),
+        (('metrics="x"', "m/sgsync.prom"), lambda c: c.history.metrics, "m/sgsync.prom"),
+    ],
+)
+def test_load_config_takes_attributes_that_are_seldom_given(
+    tmp_path: Path,
+    change: tuple[str, str],
+    read: Callable[[sgsync.SyncConfig], object],
+    loaded: object,
+) -> None:
+    assert read(load(tmp_path, seldom(*change))) == loaded
+
+
+SELDOM = {
+    "SQLDiff": 'key="studentNumber,startDate"',
+    "Limits": 'maxFailures="25"',
+    "History": 'keepRuns="365"',
+    "SQL": 'file="open_records.csv"',
+}
+OWNERS = {"minRows": "Limits", "usual": "Limits", "maxShrink": "SQL", "reportKeys": "History",
+          "metrics": "History"}  # fmt: skip
+
+
+def seldom(name: str, value: str) -> str:
+    """GOOD with one more attribute; `name` is `name="x"`, or `<Element name="x"`."""
+    tag, _, attribute = name.rpartition(" ")
+    attribute = attribute.removesuffix('="x"')
+    given = SELDOM[tag.removeprefix("<") or OWNERS.get(attribute, "SQLDiff")]
+    return changed(given, f'{given} {attribute}="{value}"')
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "remedy"),
+    [
+        (
+            ('ignoreColumns="x"', "a,b,a"),
+            "12: <SQLDiff ignoreColumns>: 'a,b,a' names the column 'a' twice",
+            "correct the value",
+        ),
+        (
+            ('ignoreColumns="x"', "a,,b"),
+            "12: <SQLDiff ignoreColumns>: 'a,,b' has an empty name between its commas",
+            "correct the value",
+        ),
+        (
+            ('ignoreColumns="x"', "a,startDate"),
+            "12: <SQLDiff ignoreColumns>: names the key column 'startDate'",
+            "remove that column here or from key=",
+        ),
+        (
+            ('newColumns="x"', "ignore"),
+            "12: <SQLDiff newColumns>: 'ignore' is not one of error, report",
+            "correct the value",
+        ),
+        *(
+            (
+                ('tolerance="x"', value),
+                f"12: <SQLDiff tolerance>: '{value}' is not a list of columns and amounts such as "
+                "gpa:0.005,hours:0.1",
+                "correct the value",
+            )
+            for value in ("gpa", "gpa:", ":1", "gpa:-1", "gpa:1e3", "gpa:0.0", "gpa:٣", "gpa:1:x")
+        ),
+        (
+            ('tolerance="x"', "gpa:1,gpa:2"),
+            "12: <SQLDiff tolerance>: 'gpa:1,gpa:2' names the column 'gpa' twice",
+            "correct the value",
+        ),
+        (
+            ('tolerance="x"', "studentNumber:1"),
+            "12: <SQLDiff tolerance>: names the key column 'studentNumber'",
+            "remove that column here or from key=",
+        ),
+        (
+            ('ignoreLineBreaks="x"', "1"),
+            "12: <SQLDiff ignoreLineBreaks>: '1' is neither true nor false",
+            "correct the value",
+        ),
+        (
+            ('ignoreNumberForm="x"', "true"),
+            "12: <SQLDiff ignoreNumberForm>: unknown attribute",
+            "write ignoreNumberFormat",
+        ),
+        *(
+            (
+                (f'<{tag} maxInserts="x"', "50%+100"),
+                f"{line}: <{tag} maxInserts>: '50%+100' is neither a number of rows (25) nor a "
+                "percentage from 0% to 100%",
+                "correct the value",
+            )
+            for tag, line in (("SQLDiff", 12), ("Limits", 8))
+        ),
+        (
+            ('minRows="x"', "10%"),
+            "8: <Limits minRows>: '10%' is not a whole number from 0 to 1000000000",
+            "correct the value",
+        ),
+        *(
+            (
+                ('usual="x"', value),
+                f"8: <Limits usual>: '{value}' is not a factor from 1 to 1000 such as 5 or 2.5",
+                "correct the value",
+            )
+            for value in ("0.5", "1001", "5x", "-5", "1,5", "nan")
+        ),
+        (
+            ('maxShrink="x"', "200%"),
+            "21: <SQL maxShrink>: '200%' is neither a number of rows (25) nor a percentage from 0% "
+            "to 100%",
+            "correct the value",
+        ),
+        (
+            ('reportKeys="x"', "no"),
+            "9: <History reportKeys>: 'no' is neither true nor false",
+            "correct the value",
+        ),
+        (('metrics="x"', ""), "9: <History metrics>: is empty", "correct the value"),
+    ],
+)
+def test_load_config_refuses_attributes_that_are_seldom_given(
+    tmp_path: Path, change: tuple[str, str], told: str, remedy: str
+) -> None:
+    assert error(tmp_path, seldom(*change)) == f"config.xml:{told}\nTry: {remedy}"
+
+
+def test_load_config_refuses_a_shrink_limit_without_a_file(tmp_path: Path) -> None:
+    assert error(tmp_path, changed("<SQL>", '<SQL maxShrink="5%">')) == (
+        "config.xml:20: <SQL maxShrink>: has no effect without file=\n"
+        "Try: add file=, or delete maxShrink="
+    )
+
+
+@pytest.mark.parametrize("wanted", [sgsync.SyncConfig, sgsync.SchooLinksConfig, sgsync.Config])
+def test_load_config_reads_pauses_and_notices_for_every_command(
+    tmp_path: Path, wanted: type[sgsync.Config]
+) -> None:
+    pauses = (
+        '<Pause from="2027-07-20" to="2027-08-15" why="rollover"/><Pause from="12-24" to="01-02"/>'
+    )
+    text = changed("<Download>", f"{pauses}{TWO_NOTICES}<Download>")
+    text = text.replace("</Config>", "<SchooLinks><GPA/></SchooLinks></Config>")
+    config = sgsync.load_config(written(tmp_path, text), wanted)
+    assert config.pauses == (
+        sgsync.Pause(from_="2027-07-20", to="2027-08-15", why="rollover"),
+        sgsync.Pause(from_="12-24", to="01-02"),
+    )
+    assert config.notices == (
+        sgsync.Notice(ping="HTTPS://ping.example/x"),
+        sgsync.Notice(on="held", url="mailto://u:p@h"),
+    )
+    assert config.history.keep_runs == 365
+    assert config.secrets >= {"HTTPS://ping.example/x", "mailto://u:p@h"}
+    assert "ping.example" not in repr(config)
+    assert "mailto" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "day", "covered"),
+    [
+        ("2027-07-20", "2027-08-15", "2027-07-19", False),
+        ("2027-07-20", "2027-08-15", "2027-07-20", True),
+        ("2027-07-20", "2027-08-15", "2027-08-15", True),
+        ("2027-07-20", "2027-08-15", "2027-08-16", False),
+        ("2027-07-20", "2027-08-15", "2028-08-01", False),
+        ("2027-12-20", "2028-01-05", "2028-01-01", True),
+        ("2027-07-20", "2027-07-20", "2027-07-20", True),
+        ("07-20", "08-15", "2031-08-01", True),
+        ("07-20", "08-15", "2031-08-16", False),
+        ("07-20", "08-15", "2031-07-19", False),
+        ("12-24", "01-02", "2030-12-24", True),
+        ("12-24", "01-02", "2031-01-02", True),
+        ("12-24", "01-02", "2031-01-03", False),
+        ("12-24", "01-02", "2030-12-23", False),
+        ("02-20", "02-29", "2031-02-28", True),
+        ("02-20", "02-29", "2031-03-01", False),
+        ("02-20", "02-29", "2032-02-29", True),
+    ],
+)
+def test_pause_covers_both_of_its_ends(
+    tmp_path: Path, begin: str, end: str, day: str, covered: bool
+) -> None:
+    text = changed("<Download>", f'<Pause from="{begin}" to="{end}"/><Download>')
+    (pause,) = load(tmp_path, text).pauses
+    date = datetime.date.fromisoformat(day)
+    assert pause.covers(date) == covered
+    assert pause.covers(datetime.datetime.combine(date, datetime.time(13))) == covered
+
+
+DAY = "is not a date such as 2027-07-20, or 07-20 for every year"
+
+
+@pytest.mark.parametrize(
+    ("element", "told", "remedy"),
+    [
+        ('<Pause from="07-20"/>', "<Pause>: has no attribute to", 'add to="..."'),
+        ('<Pause from="2027-02-29" to="2027-03-01"/>', f"<Pause from>: '2027-02-29' {DAY}", "c"),
+        ('<Pause from="07-20" to="8-15"/>', f"<Pause to>: '8-15' {DAY}", "c"),
+        ('<Pause from="07-20" to="20270815"/>', f"<Pause to>: '20270815' {DAY}", "c"),
+        (
+            '<Pause from="2027-07-20" to="08-15"/>',
+            "<Pause to>: '08-15' does not match from=\"2027-07-20\"",
+            "write both as 2027-07-20, or both as 07-20 for every year",
+        ),
+        (
+            '<Pause from="2027-07-20" to="2027-07-19"/>',
+            "<Pause to>: '2027-07-19' is before from=\"2027-07-20\"",
+            "c",
+        ),
+        ("<Notify/>", "<Notify>: has neither ping nor url", 'add ping="https://..." or url="..."'),
+        ('<Notify on="success" url="json://h"/>',
+         "<Notify on>: 'success' is not one of failure, held, always", "c"),
+        ('<Notify ping="ftp://ping.example/s3cret"/>',
+         "<Notify ping>: is not an http:// or https:// address", "c"),
+        ('<Notify ping="https:///s3cret"/>',
+         "<Notify ping>: is not an http:// or https:// address", "c"),
+        ('<Notify ping="https://h/s3cret x"/>',
+         "<Notify ping>: is not an http:// or https:// address", "c"),
+        ('<Notify url="s3cret@example.org"/>',
+         "<Notify url>: is not an address that starts with mailto://, https:// or such", "c"),
+        ('<Notify ping="${env:TEST_UNSET}"/>',
+         "<Notify ping>: the environment variable TEST_UNSET is not set",
+         "set it for the account that runs sgsync, then start sgsync again"),
+    ],
+)  # fmt: skip
+def test_load_config_refuses_pauses_and_notices(
+    tmp_path: Path, element: str, told: str, remedy: str
+) -> None:
+    remedy = "correct the value" if remedy == "c" else remedy
+    text = changed("<Download>", f"{element}<Download>")
+    assert error(tmp_path, text) == f"config.xml:10: {told}\nTry: {remedy}"
+
+
 @pytest.mark.parametrize(
     "sql",
     [
@@ -182,7 +442,7 @@ def test_load_config_reads_encodings(
     assert config.sql_diffs[0].calls["insert"].procedure == "dbo.[Schüler]"
     assert (config.sql_diffs[0].query, config.sql_diffs[0].where) == ("'é'", "config.xml:11")
     assert error(tmp_path, text.replace("sg_iep_delete", "sg iep").encode(encoding)) == (
-        "config.xml:16: <Delete procedure>: 'dbo.sg iep' is not the name of a procedure, such as "
+        "config.xml:16: <Delete procedure>: 'dbo.sg iep' is not a valid procedure name such as "
         "dbo.sg_iep_upsert\nTry: correct the value"
     )
 
@@ -192,76 +452,76 @@ def test_load_config_reads_encodings(
 NUMBER = "is not a whole number from"
 LIMIT = "is neither a number of rows (25) nor a percentage from 0% to 100%"
 CORRECT = "correct the value"
-NOT_BOTH = "needs a procedure or one SQL statement, and not both"
+NOT_BOTH = "needs a procedure or one SQL statement, but not both"
 WRITE_ONE = 'write procedure="dbo.name", or parameters="a,b" and SQL with a ? for each'
-NAME_EACH = 'name one column for each ? in order, parameters="a,b"'
+NAME_EACH = 'name one column for each ?, in order: parameters="a,b"'
 
 MISTAKES = {
     # unknown names
     "unknown element": (
         ("<History keepRuns", "<Histroy keepRuns"),
-        "9: <Histroy>: is not known inside <Config>",
+        "9: <Histroy>: unknown element in <Config>",
         "write History",
     ),
     "unknown element, far from all": (
         ("<Query>SELECT 1</Query>", "<Query>SELECT 1</Query><Zebra/>"),
-        "13: <Zebra>: is not known inside <SQLDiff>",
-        "known are Query, Insert, Update, Delete",
+        "13: <Zebra>: unknown element in <SQLDiff>",
+        "use one of Query, Insert, Update, Delete",
     ),
     "element in other case": (
         ("<History keepRuns", "<history keepRuns"),
-        "9: <history>: is not known inside <Config>",
+        "9: <history>: unknown element in <Config>",
         "write History",
     ),
     "element where none may be": (
         ('<History keepRuns="365"/>', '<History keepRuns="365"><Query/></History>'),
-        "9: <Query>: is not known inside <History>",
+        "9: <Query>: unknown element in <History>",
         "delete it",
     ),
     "element in SQL": (
         ("SELECT 1", "SELECT 1 <b/>"),
-        "13: <b>: is not known inside <Query>",
+        "13: <b>: unknown element in <Query>",
         "delete it",
     ),
     "unknown attribute": (
         ('batchSize="500"', 'batchsize="500"'),
-        "7: <Database batchsize>: is not known",
+        "7: <Database batchsize>: unknown attribute",
         "write batchSize",
     ),
     "unknown attribute, misspelled": (
         ('username="district.example.org"', 'username="x" pasphrase="p"'),
-        "4: <SFTP pasphrase>: is not known",
+        "4: <SFTP pasphrase>: unknown attribute",
         "write passphrase",
     ),
     "unknown attribute, far from all": (
         ('keepRuns="365"', 'keepRuns="365" zz="1"'),
-        "9: <History zz>: is not known",
-        "known are keepRuns",
+        "9: <History zz>: unknown attribute",
+        "use one of keepRuns, reportKeys, metrics",
     ),
     "attribute where none may be": (
         ("<Download>", '<Download file="x.csv">'),
-        "10: <Download file>: is not known",
+        "10: <Download file>: unknown attribute",
         "delete it",
     ),
     "attribute of the outermost element": (
         ("<Config>", '<Config version="1">'),
-        "2: <Config version>: is not known",
+        "2: <Config version>: unknown attribute",
         "delete it",
     ),
     "attribute of a namespace": (
         ("<Download>", '<Download xml:lang="en">'),
-        "10: <Download {http://www.w3.org/XML/1998/namespace}lang>: is not known",
+        "10: <Download {http://www.w3.org/XML/1998/namespace}lang>: unknown attribute",
         "delete it",
     ),
     # repeated, stray, missing
     "repeated element": (
         ("<Download>", '<History keepRuns="365"/>\n<Download>'),
-        "10: <History>: stands there twice",
+        "10: <History>: appears more than once",
         "keep one of them",
     ),
     "repeated element in SQLDiff": (
         ("<Query>SELECT 1</Query>", "<Query>SELECT 1</Query>\n<Query>SELECT 1</Query>"),
-        "14: <Query>: stands there twice",
+        "14: <Query>: appears more than once",
         "keep one of them",
     ),
     "stray text": (
@@ -277,17 +537,17 @@ MISTAKES = {
     "missing element": (
         ("<SFTP host", "<!-- <SFTP host", '${env:TEST_PASSPHRASE}"/>', '"/> -->'),
         "2: <Config>: has no <SFTP> element",
-        "take <SFTP> from the template",
+        "copy <SFTP> from the config.xml that came with sgsync",
     ),
     "missing attribute": (
         ('username="district.example.org"', ""),
-        "3: <SFTP>: lacks the attribute username",
+        "3: <SFTP>: has no attribute username",
         'add username="..."',
     ),
     "no SQLDiff": (
         (GOOD[GOOD.index("    <SQLDiff") : GOOD.index("  </Download")], ""),
         "10: <Download>: has no <SQLDiff> element",
-        "take one from the template",
+        "copy one from the config.xml that came with sgsync",
     ),
     "no Query": (
         ("<Query>SELECT 1</Query>", ""),
@@ -301,7 +561,7 @@ MISTAKES = {
     ),
     "empty SQL": (
         ("SELECT 2", " "),
-        "21: <SQL>: holds no SQL",
+        "21: <SQL>: contains no SQL",
         "write the statement, or delete <SQL>",
     ),
     # values
@@ -390,17 +650,22 @@ MISTAKES = {
     ),
     "key that is no column": (
         ('key="studentNumber,startDate"', 'key=":int"'),
-        "12: <SQLDiff key>: ':int' has ':int' without the name of a column",
+        "12: <SQLDiff key>: ':int' has ':int' without a column name",
         CORRECT,
     ),
-    "date form": (
+    "date format": (
         ('key="studentNumber,startDate"', 'dateFormat="MM/DD/YYYY"'),
-        "12: <SQLDiff dateFormat>: 'MM/DD/YYYY' is not a date form such as %m/%d/%Y",
+        "12: <SQLDiff dateFormat>: 'MM/DD/YYYY' is not a date format such as %m/%d/%Y",
+        CORRECT,
+    ),
+    "key of very many columns, one of them twice": (
+        ('key="studentNumber,startDate"', f'key="{",".join(map(str, range(200_000)))},7"'),
+        f"12: <SQLDiff key>: '{','.join(map(str, range(99)))[:60]}...' names the column '7' twice",
         CORRECT,
     ),
     "name of a procedure with SQL in it": (
         ('procedure="dbo.sg_iep_upsert"', 'procedure="dbo.p; DROP TABLE t"'),
-        "14: <Insert procedure>: 'dbo.p; DROP TABLE t' is not the name of a procedure, such as "
+        "14: <Insert procedure>: 'dbo.p; DROP TABLE t' is not a valid procedure name such as "
         "dbo.sg_iep_upsert",
         CORRECT,
     ),
@@ -438,38 +703,38 @@ MISTAKES = {
     # TODO, variables, placeholders
     "TODO in an attribute": (
         ('username="district.example.org"', 'username="TODO(user)"'),
-        "4: <SFTP username>: still holds TODO(user)",
-        "replace it by your own value",
+        "4: <SFTP username>: still contains TODO(user)",
+        "replace it with your own value",
     ),
     "TODO in SQL": (
         ("SELECT 2", "SELECT TODO(user)"),
-        "21: <SQL>: still holds TODO(user)",
-        "replace it by your own value",
+        "21: <SQL>: still contains TODO(user)",
+        "replace it with your own value",
     ),
     "unset variable": (
         ("${env:TEST_PASSPHRASE}", "${env:TEST_UNSET}"),
         "5: <SFTP passphrase>: the environment variable TEST_UNSET is not set",
-        "set it for the account that runs sgsync, and start sgsync anew",
+        "set it for the account that runs sgsync, then start sgsync again",
     ),
     "placeholder without its kind": (
         ("${env:TEST_PASSPHRASE}", "${TEST_PASSPHRASE}"),
-        "5: <SFTP passphrase>: '${TEST_PASSPHRASE}' is no placeholder",
-        "write ${env:NAME} or ${keyring:NAME}",
+        "5: <SFTP passphrase>: '${TEST_PASSPHRASE}' is not a valid placeholder",
+        "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
     ),
     "placeholder of another kind": (
         ("${env:TEST_PASSPHRASE}", "${vault:TEST_PASSPHRASE}"),
-        "5: <SFTP passphrase>: '${vault:TEST_PASSPHRASE}' is no placeholder",
-        "write ${env:NAME} or ${keyring:NAME}",
+        "5: <SFTP passphrase>: '${vault:TEST_PASSPHRASE}' is not a valid placeholder",
+        "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
     ),
     "placeholder without a name": (
         ("${env:TEST_PASSPHRASE}", "${env:}"),
-        "5: <SFTP passphrase>: '${env:}' is no placeholder",
-        "write ${env:NAME} or ${keyring:NAME}",
+        "5: <SFTP passphrase>: '${env:}' is not a valid placeholder",
+        "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
     ),
     "placeholder without its end": (
         ("${env:TEST_PASSPHRASE}", "${env:TEST_PASSPHRASE"),
-        "5: <SFTP passphrase>: '${env:TEST_PASSPHRASE' is no placeholder",
-        "write ${env:NAME} or ${keyring:NAME}",
+        "5: <SFTP passphrase>: '${env:TEST_PASSPHRASE' is not a valid placeholder",
+        "write ${env:NAME}, ${keyring:NAME} or ${file:PATH}",
     ),
     "variable with a wrong value": (
         ('port="22"', 'port="${env:TEST_PASSWORD}"'),
@@ -479,12 +744,12 @@ MISTAKES = {
     # files
     "file taken": (
         ("    <SQL>", '    <SQL file="OPEN_records.csv">SELECT 3</SQL>\n    <SQL>'),
-        "22: <SQL file>: 'open_records.csv' is taken already",
+        "22: <SQL file>: 'open_records.csv' is already in use",
         "choose another name",
     ),
     "file of the failures": (
         ('"open_records.csv"', '"Failures.csv"'),
-        "21: <SQL file>: 'Failures.csv' is taken already",
+        "21: <SQL file>: 'Failures.csv' is already in use",
         "choose another name",
     ),
 }
@@ -501,7 +766,7 @@ def test_load_config_refuses_two_diffs_of_one_file(tmp_path: Path) -> None:
     begin, end = GOOD.index("    <SQLDiff"), GOOD.index("  </Download")
     text = GOOD[:end] + GOOD[begin:end].replace("iep.csv", "IEP.csv") + GOOD[end:]
     assert error(tmp_path, text) == (
-        "config.xml:18: <SQLDiff file>: 'IEP.csv' is taken already\nTry: choose another name"
+        "config.xml:18: <SQLDiff file>: 'IEP.csv' is already in use\nTry: choose another name"
     )
 
 
@@ -519,12 +784,12 @@ PATH = 'contains a path or one of \\ / : * ? " < > |'
         ("C:\\iep.csv", PATH),
         ("iep.csv:stream", PATH),
         ("iep?.csv", PATH),
-        ("i\u200bep.csv", "contains a character that cannot be printed"),
-        ("iep.csv&#10;", "contains a character that cannot be printed"),
-        (" iep.csv", "begins with a blank or ends with a blank or a dot"),
-        ("iep.csv.", "begins with a blank or ends with a blank or a dot"),
-        ("CON.csv", "is the name of a device on Windows"),
-        ("lpt1.x.csv", "is the name of a device on Windows"),
+        ("i\u200bep.csv", "contains an unprintable character"),
+        ("iep.csv&#10;", "contains an unprintable character"),
+        (" iep.csv", "starts or ends with a space, or ends with a period"),
+        ("iep.csv.", "starts or ends with a space, or ends with a period"),
+        ("CON.csv", "is a device name on Windows"),
+        ("lpt1.x.csv", "is a device name on Windows"),
         ("iep.txt", "no .csv"),
     ],
 )
@@ -547,16 +812,16 @@ def test_load_config_tells_all_mistakes_in_the_order_of_lines(tmp_path: Path) ->
     told = [line for line in error(tmp_path, text).split("\n") if not line.startswith("Try: ")]
     assert told == [
         "config.xml:3: <SFTP port>: 'x' is not a whole number from 1 to 65535",
-        "config.xml:3: <SFTP>: lacks the attribute username",
-        "config.xml:4: <SFTP user>: is not known",
+        "config.xml:3: <SFTP>: has no attribute username",
+        "config.xml:4: <SFTP user>: unknown attribute",
         "config.xml:5: <SFTP passphrase>: the environment variable TEST_UNSET is not set",
         "config.xml:6: <Database connectionString>: the environment variable TEST_UNSET is not set",
-        "config.xml:6: <Database connectionString>: '${x}' is no placeholder",
-        "config.xml:7: <Database batch>: is not known",
+        "config.xml:6: <Database connectionString>: '${x}' is not a valid placeholder",
+        "config.xml:7: <Database batch>: unknown attribute",
         "config.xml:11: <SQLDiff>: has no <Query> with SQL in it",
         "config.xml:12: <SQLDiff key>: 'a,a' names the column 'a' twice",
-        "config.xml:13: <Qery>: is not known inside <SQLDiff>",
-        "config.xml:21: <SQL>: still holds TODO(user)",
+        "config.xml:13: <Qery>: unknown element in <SQLDiff>",
+        "config.xml:21: <SQL>: still contains TODO(user)",
     ]
 
 
@@ -577,10 +842,10 @@ def test_load_config_forgives_what_the_command_does_not_use(tmp_path: Path) -> N
     schoolinks = '  <SchooLinks directory="TODO(user)" grades="${env:TEST_UNSET}"/>\n</Config>'
     assert load(tmp_path, changed("</Config>", schoolinks)).sftp.host == "sftp.example.org"
     text = changed("</Config>", schoolinks, 'host="sftp.example.org"', 'host="TODO(user)"')
-    told = error(tmp_path, text, "schoolinks")
+    told = error(tmp_path, text, sgsync.SchooLinksConfig)
     assert "<SFTP" not in told
     for place, reason in (
-        ("directory", "still holds TODO(user)"),
+        ("directory", "still contains TODO(user)"),
         ("grades", "the environment variable TEST_UNSET is not set"),
     ):
         assert f"config.xml:23: <SchooLinks {place}>: {reason}\nTry: " in told
@@ -589,11 +854,12 @@ def test_load_config_forgives_what_the_command_does_not_use(tmp_path: Path) -> N
 # ------------------------------------------------------------------ mistakes in the file
 
 LOOK = (
-    "Try: look at that line and the one above for a missing quote, bracket or end tag; "
+    "Try: check that line and the one above it for a missing quote, bracket or end tag; "
     "write & as &amp; and < as &lt; in attributes, and SQL inside <![CDATA[ ... ]]>"
 )
 DOCTYPE = (
-    "has a DOCTYPE, which is refused (it can read other files)\nTry: delete it: <!DOCTYPE ...>"
+    "contains a DOCTYPE, which is not allowed (it could read other files)\n"
+    "Try: delete the <!DOCTYPE ...>"
 )
 
 
@@ -631,7 +897,9 @@ def test_load_config_refuses_bytes_that_are_not_in_the_declared_encoding(tmp_pat
 
 def test_load_config_does_not_quote_a_password_that_breaks_the_xml(tmp_path: Path) -> None:
     told = error(tmp_path, changed("${env:TEST_PASSWORD}", "r&sesame;7"))
-    assert told.startswith("config.xml:6: not well-formed XML: a & that begins no entity (column ")
+    assert told.startswith(
+        "config.xml:6: not well-formed XML: a & that does not start an entity (column "
+    )
     assert "sesame" not in told
 
 
@@ -665,12 +933,12 @@ def test_load_config_reads_the_word_doctype_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("root", ["config", "Config2", "html"])
 def test_load_config_refuses_another_outermost_element(tmp_path: Path, root: str) -> None:
     assert error(tmp_path, f"<!-- -->\n<{root}\n/>") == (
-        f"config.xml:2: the outermost element is <{root}>, not <Config>\n"
+        f"config.xml:2: the root element is <{root}>, not <Config>\n"
         "Try: start from the config.xml that came with sgsync"
     )
 
 
-WHICH = "Try: give the folder that holds config.xml with --home, or the file with --config"
+WHICH = "Try: name the folder that holds config.xml with --home, or the file with --config"
 
 
 def test_load_config_tells_of_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -681,7 +949,7 @@ def test_load_config_tells_of_a_file_that_cannot_be_read(tmp_path: Path) -> None
         (tmp_path / "file/config.xml", "No such file or directory|Not a directory"),
     ):
         with pytest.raises(sgsync.ConfigError) as caught:
-            sgsync.load_config(path, "sync")
+            sgsync.load_config(path, sgsync.SyncConfig)
         pattern = rf"{re.escape(str(path))}: cannot be read: ({reason})\n{re.escape(WHICH)}"
         assert re.fullmatch(pattern, str(caught.value))
 
@@ -692,7 +960,7 @@ def test_load_config_tells_of_a_file_that_it_may_not_read(tmp_path: Path) -> Non
     path = tmp_path / "config.xml"
     path.touch(mode=0)
     with pytest.raises(sgsync.ConfigError) as caught:
-        sgsync.load_config(path, "sync")
+        sgsync.load_config(path, sgsync.SyncConfig)
     assert str(caught.value) == f"{path}: cannot be read: Permission denied\n{WHICH}"
 
 
@@ -702,8 +970,8 @@ def test_load_config_refuses_a_file_of_any_size(
     monkeypatch.setattr(sgsync, "CONFIG_BYTES", 1000)
     path = tmp_path / "config.xml"
     assert error(tmp_path, GOOD.ljust(2000)) == (
-        f"{path}: is larger than 1,000 bytes, so it is no configuration\n"
-        "Try: give the right file with --config"
+        f"{path}: is larger than 1,000 bytes, too large for a configuration file\n"
+        "Try: name the right file with --config"
     )
 
 
@@ -829,12 +1097,15 @@ def test_load_config_tells_of_a_keyring_without_the_entry(
     assert error(tmp_path, KEYRING) == f"{place} empty\nTry: store it: keyring set sgsync sftp_key"
     keyring(monkeypatch, None)
     assert error(tmp_path, KEYRING) == (
-        f"{place} not set\n"
-        "Try: make the password store available (the store is locked), or write ${env:NAME}"
+        "config.xml:5: <SFTP passphrase>: the keyring entry sftp_key cannot be read: the store is "
+        "locked\nTry: make the system's password store available to this account, or use "
+        "${env:NAME} or ${file:PATH} instead"
     )
     monkeypatch.setitem(sys.modules, "keyring", None)
     assert error(tmp_path, KEYRING) == (
-        f"{place} not set\nTry: pip install keyring, or write ${{env:NAME}}"
+        "config.xml:5: <SFTP passphrase>: the keyring entry sftp_key cannot be read: the keyring "
+        "package is not installed\nTry: pip install keyring, or use ${env:NAME} or ${file:PATH} "
+        "instead"
     )
 
 
@@ -844,8 +1115,115 @@ def test_load_config_tells_of_an_empty_variable(
     monkeypatch.setenv("TEST_PASSPHRASE", "")
     assert error(tmp_path, GOOD) == (
         "config.xml:5: <SFTP passphrase>: the environment variable TEST_PASSPHRASE is empty\n"
-        "Try: set it for the account that runs sgsync, and start sgsync anew"
+        "Try: set it for the account that runs sgsync, then start sgsync again"
     )
+
+
+FILE = "config.xml:5: <SFTP passphrase>: "
+SAVE = "save it as UTF-8 text with the secret on the first line"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"m\xc3\xabllon",
+        b"m\xc3\xabllon\n",
+        b"  m\xc3\xabllon \r\n",
+        b"\xef\xbb\xbfm\xc3\xabllon\r\nowner: IT\r\n",
+        b"m\xc3\xabllon\rx",
+    ],
+)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_load_config_takes_secrets_from_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, absolute: bool
+) -> None:
+    monkeypatch.chdir("/")
+    path = tmp_path / "ssh/pass phrase.txt"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    shown = str(path) if absolute else "ssh/pass phrase.txt"
+    config = load(tmp_path, changed("${env:TEST_PASSPHRASE}", f"${{file:{shown}}}"))
+    assert config.sftp.passphrase == "mëllon"
+    assert config.secrets == {"mëllon", "swordfish"}
+    assert config.secret_files == (path,)
+
+
+def test_load_config_counts_what_comes_from_a_file_as_a_secret_and_quotes_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "pw").write_text("p;w}d", encoding="utf-8")
+    (tmp_path / "user").write_text("some user", encoding="utf-8")
+    text = changed("UID=sis;PWD=${env:TEST_PASSWORD}", "UID=${file:user};PWD=${file:pw}")
+    config = load(tmp_path, text)
+    assert config.database.connection_string.endswith(";UID=some user;PWD={p;w}}d}")
+    assert config.secrets == {"some user", "p;w}d", "{p;w}}d}", "open sesame"}
+
+
+@pytest.mark.parametrize(
+    ("content", "told", "remedy"),
+    [
+        (None, "the file {} does not exist", f"create it: {SAVE}"),
+        (b"", "the file {} is empty", SAVE),
+        (b"\xef\xbb\xbf \r\n\n", "the file {} is empty", SAVE),
+        (b"\n s3cret\n", "the first line of the file {} is empty", SAVE),
+        ("s3cret".encode("utf-16"), "the file {} is not UTF-8 text", SAVE),
+        ("s3cret".encode("utf-16-le"), "the file {} is not UTF-8 text", SAVE),
+        ("s3crët".encode("latin-1"), "the file {} is not UTF-8 text", SAVE),
+        (b"s3cret\n\x1b", "the file {} is not UTF-8 text", SAVE),
+        (b"s3cret\n".ljust(65_537), "the file {} is larger than 65,536 bytes", SAVE),
+        ("folder", "{} is not a file", "name a file that holds the secret"),
+        pytest.param(
+            "pipe", "{} is not a file", "name a file that holds the secret",
+            marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes"),
+        ),
+    ],
+)  # fmt: skip
+def test_load_config_tells_of_a_file_without_a_secret(
+    tmp_path: Path, content: bytes | str | None, told: str, remedy: str
+) -> None:
+    path = tmp_path / "pass.txt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
+    text = changed("${env:TEST_PASSPHRASE}", "${file:pass.txt}")
+    assert error(tmp_path, text) == f"{FILE}{told.format(path)}\nTry: {remedy}"
+
+
+def test_load_config_tells_of_a_file_with_a_secret_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "pass.txt").touch()
+    long = "x" * 5000
+    for name, reason in ((f"{long}/x", "File name too long"), ("pass.txt/x", "Not a directory")):
+        told = error(tmp_path, changed("${env:TEST_PASSPHRASE}", f"${{file:{name}}}"))
+        shown = sgsync.shortened(str(tmp_path / name), 300)
+        assert told.startswith(f"{FILE}the file {shown} ")
+        assert os.name == "nt" or told == (
+            f"{FILE}the file {shown} cannot be read: {reason}\n"
+            "Try: let the account that runs sgsync read it"
+        )
+
+
+# ------------------------------------------------------------------ config_path
+
+
+def test_config_path_prefers_the_district_s_own_copy(tmp_path: Path) -> None:
+    assert sgsync.config_path(tmp_path) == tmp_path / "config.xml"
+    own = tmp_path / "config.local.xml"
+    own.write_text("<Config/>", encoding="utf-8")
+    assert sgsync.config_path(tmp_path) == own
+    with pytest.raises(sgsync.ConfigError) as caught:
+        sgsync.load_config(sgsync.config_path(tmp_path), sgsync.SyncConfig)
+    lines = str(caught.value).splitlines()[::2]
+    assert [line.split(" ")[0] for line in lines] == ["config.local.xml:1:"] * 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a privilege on Windows")
+def test_config_path_does_not_fall_back_where_a_link_is_broken(tmp_path: Path) -> None:
+    own = tmp_path / "config.local.xml"
+    own.symlink_to(tmp_path / "gone.xml")
+    assert sgsync.config_path(tmp_path) == own
 
 
 # ------------------------------------------------------------------ the template
@@ -886,15 +1264,15 @@ def test_load_config_tells_what_is_to_be_filled_in_the_template(
     monkeypatch.delenv("SIS_DB_PASSWORD", raising=False)
     unset = (
         r"config.xml:\d+: <Database connectionString>: the environment variable SIS_DB_PASSWORD is "
-        r"not set\nTry: set it for the account that runs sgsync, and start sgsync anew"
+        r"not set\nTry: set it for the account that runs sgsync, then start sgsync again"
     )
     assert len(re.findall(unset, error(tmp_path, TEMPLATE.read_bytes()))) == 1
     monkeypatch.setenv("SIS_DB_PASSWORD", "swordfish")
     told = error(tmp_path, TEMPLATE.read_bytes())
     lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
     places = re.findall(
-        r"config.xml:(\d+): <(\w+) (\w+)>: still holds TODO\(user\)\n"
-        r"Try: replace it by your own value(?:\n|$)",
+        r"config.xml:(\d+): <(\w+) (\w+)>: still contains TODO\(user\)\n"
+        r"Try: replace it with your own value(?:\n|$)",
         told,
     )
     assert [(tag, name) for _, tag, name in places] == [
@@ -955,12 +1333,12 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=damaged(), command=st.sampled_from(["sync", "schoolinks"]))
+@given(content=damaged(), wanted=st.sampled_from([sgsync.SyncConfig, sgsync.SchooLinksConfig]))
 def test_load_config_loads_or_raises_configerror(
-    tmp_path: Path, content: bytes, command: str
+    tmp_path: Path, content: bytes, wanted: type[sgsync.Config]
 ) -> None:
     try:
-        config = load(tmp_path, content, command)
+        config = sgsync.load_config(written(tmp_path, content), wanted)
     except sgsync.ConfigError as caught:
         lines = str(caught).split("\n")
         assert all(re.match(r"config\.xml:\d+: ", line) for line in lines[::2]), lines
@@ -969,4 +1347,4 @@ def test_load_config_loads_or_raises_configerror(
         assert numbers == sorted(numbers)
         assert max(numbers) <= content.count(b"\n") + 2
     else:
-        assert isinstance(config, sgsync.Config)
+        assert isinstance(config, wanted)

@@ -29,7 +29,7 @@ def nothing(_: int) -> None:
 
 def opened(connection_string: str, **values: Any) -> sgsync.Database:
     known = {"connection_string": connection_string, **values}
-    return sgsync.Database(sgsync._defaults(sgsync.DatabaseSettings, **known))
+    return sgsync.Database(sgsync.DatabaseSettings(**known))
 
 
 def exported(database: servers.Database, sql: str, path: Path, form: str | None = None) -> str:

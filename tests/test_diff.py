@@ -92,7 +92,7 @@ def compare(
 ) -> tuple[Rows, sgsync.Comparison]:
     """sgsync's diff of two files."""
     names = tuple(key.split(",")) if key else None
-    spec = sgsync._defaults(sgsync.SqlDiff, file="iep.csv", key=names, **options)
+    spec = sgsync.SqlDiff(file="iep.csv", key=names, **options)
     with io.BytesIO() as changes:
         counts = sgsync.diff(source, database, changes, spec)
         data = changes.getvalue()
@@ -533,7 +533,7 @@ def peak_of_diff(folder: Path, rows: int, tail: str, **options: object) -> tuple
             file.write("id,a,b,c,d\r\n")
             for number in range(rows):
                 file.write(f"{number:08d},{tail}{change * (number % 333 == 0)}\r\n")
-    spec = sgsync._defaults(sgsync.SqlDiff, file="a.csv", key=("id",), **options)
+    spec = sgsync.SqlDiff(file="a.csv", key=("id",), **options)
     with (folder / "changes.csv").open("wb") as changes:
         tracemalloc.start()
         try:

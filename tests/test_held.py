@@ -157,7 +157,7 @@ def test_sync_verify_is_silent_when_all_converged(home: homes.Home) -> None:
     [
         ("Lee", "Lee ", "blanks at the end", 'trim="true"'),
         ("Lee", "LEE", "letter case", 'ignoreCase="true"'),
-        ("1.5", "1.50", "the form of a number", 'ignoreNumberForm="true"'),
+        ("1.5", "1.50", "the form of a number", 'ignoreNumberFormat="true"'),
         ("01/31/2026", "2026-01-31", "the form of a date", 'dateFormat="%m/%d/%Y"'),
         ("NULL", "", "a word for an empty field", 'nullText="NULL"'),
     ],
@@ -179,7 +179,7 @@ def test_diff_names_differences_in_form(
 
 @pytest.mark.parametrize(
     ("attribute", "source", "sis"),
-    [('ignoreCase="true"', "Lee", "LEE"), ('ignoreNumberForm="true"', "1.5", "01.50")],
+    [('ignoreCase="true"', "Lee", "LEE"), ('ignoreNumberFormat="true"', "1.5", "01.50")],
 )
 def test_diff_ignores_forms_that_it_is_told_to(
     sqlite_home: homes.Home, attribute: str, source: str, sis: str

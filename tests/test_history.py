@@ -166,7 +166,7 @@ def test_run_that_fails_leaves_its_reason(home: homes.Home) -> None:
     message = home.failed(2)
     assert message == (
         f"{home.path}/config.xml: cannot be read: No such file or directory\n"
-        "Try: give the folder that holds config.xml with --home, or the file with --config"
+        "Try: name the folder that holds config.xml with --home, or the file with --config"
     )
     assert sorted(path.name for path in home.run.iterdir()) == ["sgi_log.txt", "summary.json"]
     assert home.summary["outcome"] == "failed"

@@ -53,10 +53,8 @@ def district(
 
 def settings(**more: Any) -> sgsync.SchooLinksSettings:
     parts = (sgsync.AttendanceSettings, sgsync.GpaSettings, sgsync.TagsSettings)
-    attendance, gpa, tags = (sgsync._defaults(part) for part in parts)
-    return sgsync._defaults(
-        sgsync.SchooLinksSettings, attendance=attendance, gpa=gpa, tags=tags, **more
-    )
+    attendance, gpa, tags = (part() for part in parts)
+    return sgsync.SchooLinksSettings(attendance=attendance, gpa=gpa, tags=tags, **more)
 
 
 def refused(dsn: str = LOGIN.dsn, **more: Any) -> sgsync.DatabaseError:
@@ -392,7 +390,7 @@ def test_query_makes_one_more_round_trip_for_each_array_of_rows(
     for number in range(1, 306):
         ready.students(number)
     oracle.copy(ready.powerschool)
-    config = sgsync.load_config(ready.path / "config.xml", "schoolinks").schoolinks
+    config = sgsync.load_config(ready.path / "config.xml", sgsync.SchooLinksConfig).schoolinks
     login = sgsync.OracleLogin(oracle.user, oracle.password, wire.dsn)
     with REAL(config, login) as connection:
         connection.connect()
@@ -453,7 +451,7 @@ def test_query_gives_up_on_a_server_that_goes_silent(
     ready: District, oracle: Server, wire: powerschool.Wire
 ) -> None:
     ready.configure(attributes='queryTimeoutSeconds="1"')
-    config = sgsync.load_config(ready.path / "config.xml", "schoolinks").schoolinks
+    config = sgsync.load_config(ready.path / "config.xml", sgsync.SchooLinksConfig).schoolinks
     login = sgsync.OracleLogin(oracle.user, oracle.password, wire.dsn)
     with REAL(config, login) as connection:
         connection.connect()

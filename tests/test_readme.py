@@ -40,9 +40,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     return {"": parser, **commands.choices}
 
 
-ELEMENTS = {
-    tag: sgsync.attributes_of(cls) for tag, (cls, _) in sgsync.ELEMENTS.items() if cls is not None
-}
+ELEMENTS = {tag: cls.attributes() for tag, (cls, _) in sgsync.ELEMENTS.items() if cls is not None}
 
 
 def section_of(tag: str) -> str:

@@ -154,7 +154,7 @@ def test_credentials_take_an_address_with_and_without_port(
     district: District, monkeypatch: pytest.MonkeyPatch, address: str, host: str, port: int
 ) -> None:
     monkeypatch.setenv("SCHOOLINKS_SFTP_ADDRESS", address)
-    settings = sgsync.load_config(district.path / "config.xml", "schoolinks").schoolinks
+    settings = sgsync.load_config(district.path / "config.xml", sgsync.SchooLinksConfig).schoolinks
     login, sftp = sgsync.schoolinks_credentials(settings, district.path)
     assert (sftp.host, sftp.port) == (host, port)
     assert (sftp.username, sftp.password) == (district.server.username, district.server.password)
@@ -208,10 +208,14 @@ def test_schoolinks_writes_no_password_anywhere(
 # ------------------------------------------------------------------ <SchooLinks> in config.xml
 
 
-def load(path: Path, text: str, command: str = "schoolinks") -> sgsync.Config:
+def written(path: Path, text: str) -> Path:
     file = path / "config.xml"
     file.write_text(f"<Config>{text}</Config>", encoding="utf-8")
-    return sgsync.load_config(file, command)
+    return file
+
+
+def load(path: Path, text: str) -> sgsync.SchooLinksConfig:
+    return sgsync.load_config(written(path, text), sgsync.SchooLinksConfig)
 
 
 def test_load_config_schoolinks_defaults(tmp_path: Path) -> None:
@@ -220,7 +224,9 @@ def test_load_config_schoolinks_defaults(tmp_path: Path) -> None:
     assert (s.directory, s.test_directory) == ("/automated", "/other")
     assert (s.ignored_school, s.grades, s.school_year_start) == (901, (8, 9, 10, 11, 12), (7, 1))
     assert (str(s.max_shrink), s.quoting, s.private_key) == ("10%", "all", "")
-    assert (s.thick_mode, s.client_directory) == (False, None)
+    assert (s.thick_mode, s.client_directory, str(s.max_change)) == (False, None, "50%")
+    assert (s.identifier, s.identifier_column) == ("student_number", "student_number")
+    assert s.attendance.view == "ps_adaadm_daily_ctod"
     assert s.attendance == sgsync.AttendanceSettings(
         enabled=True, file=ATTENDANCE, scale="fraction"
     )
@@ -233,6 +239,29 @@ def test_load_config_schoolinks_defaults(tmp_path: Path) -> None:
         ([t.name, t.detailed_name, t.description], t.table, t.column, t.equals) for t in s.tags.tags
     ] == [(words, table, column, str(value)) for words, table, column, value in CONDITIONS]
     assert found.history.keep_runs == 365
+
+
+@pytest.mark.parametrize(
+    ("attributes", "identifier", "column"),
+    [
+        ('identifier="student_number"', "student_number", "student_number"),
+        ('identifier="student_sis_id"', "student_sis_id", "id"),
+        ('identifier="student_state_id"', "student_state_id", "state_studentnumber"),
+        ('identifier="student_sis_id" identifierColumn="dcid"', "student_sis_id", "dcid"),
+        ('identifierColumn=""', "student_number", "student_number"),
+    ],
+)
+def test_load_config_takes_the_identifier_s_usual_column(
+    tmp_path: Path, attributes: str, identifier: str, column: str
+) -> None:
+    s = load(tmp_path, f"<SchooLinks {attributes}><GPA/></SchooLinks>").schoolinks
+    assert (s.identifier, s.identifier_column) == (identifier, column)
+
+
+def test_load_config_takes_another_view_and_another_limit_of_changes(tmp_path: Path) -> None:
+    text = '<SchooLinks maxChange="100"><Attendance view="ps.PS_ADAADM_DEFAULTS_ALL"/></SchooLinks>'
+    s = load(tmp_path, text).schoolinks
+    assert (s.attendance.view, str(s.max_change)) == ("ps.PS_ADAADM_DEFAULTS_ALL", "100")
 
 
 def test_load_config_a_section_that_is_missing_or_disabled_is_off(district: District) -> None:
@@ -252,36 +281,40 @@ TAG = '<Tag name="A" detailedName="B" description="C" table="t" column="c" equal
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "<Config>: has no <SchooLinks> element\nTry: take <SchooLinks> from the template"),
+        (
+            "",
+            "<Config>: has no <SchooLinks> element\n"
+            "Try: copy <SchooLinks> from the config.xml that came with sgsync",
+        ),
         (
             "<SchooLinks/>",
-            "<SchooLinks>: has no section that is switched on\n"
-            "Try: add <Attendance>, <GPA> or <Tags>, enabled",
+            "<SchooLinks>: has no enabled section\n"
+            "Try: add or enable <Attendance>, <GPA> or <Tags>",
         ),
         (
             '<SchooLinks><GPA table="students; DROP TABLE students"/></SchooLinks>',
-            "<GPA table>: 'students; DROP TABLE students' is not the name of a table\n"
+            "<GPA table>: 'students; DROP TABLE students' is not a valid table name\n"
             "Try: correct the value",
         ),
         (
             '<SchooLinks><GPA unweighted="1 gpa"/></SchooLinks>',
-            "<GPA unweighted>: '1 gpa' is not the name of a column\nTry: correct the value",
+            "<GPA unweighted>: '1 gpa' is not a valid column name\nTry: correct the value",
         ),
         (
             '<SchooLinks><GPA unweighted="" weighted=""/></SchooLinks>',
-            "<SchooLinks>: <GPA> names no column\nTry: name unweighted= or weighted=",
+            "<GPA>: names no column\nTry: set unweighted= or weighted=",
         ),
         (
             "<SchooLinks><Tags/></SchooLinks>",
-            '<SchooLinks>: <Tags> has no <Tag>\nTry: add one, or set enabled="false"',
+            '<Tags>: has no <Tag>\nTry: add one, or set enabled="false"',
         ),
         (
             "<SchooLinks><Tags>" + TAG.replace(' equals="1"', "") + "</Tags></SchooLinks>",
-            '<Tag>: lacks the attribute equals\nTry: add equals="..."',
+            '<Tag>: has no attribute equals\nTry: add equals="..."',
         ),
         (
             "<SchooLinks><Tags>" + TAG.replace('"c"', '"c) OR (1=1"') + "</Tags></SchooLinks>",
-            "<Tag column>: 'c) OR (1=1' is not the name of a column\nTry: correct the value",
+            "<Tag column>: 'c) OR (1=1' is not a valid column name\nTry: correct the value",
         ),
         (
             '<SchooLinks grades="8;9"><GPA/></SchooLinks>',
@@ -303,6 +336,25 @@ TAG = '<Tag name="A" detailedName="B" description="C" table="t" column="c" equal
             "<SchooLinks quoting>: 'none' is not one of all, minimal\nTry: correct the value",
         ),
         (
+            '<SchooLinks identifier="sis_id"><GPA/></SchooLinks>',
+            "<SchooLinks identifier>: 'sis_id' is not one of student_number, student_sis_id, "
+            "student_state_id\nTry: correct the value",
+        ),
+        (
+            '<SchooLinks identifierColumn="id, dcid"><GPA/></SchooLinks>',
+            "<SchooLinks identifierColumn>: 'id, dcid' is not a valid column name\n"
+            "Try: correct the value",
+        ),
+        (
+            '<SchooLinks maxChange="half"><GPA/></SchooLinks>',
+            "<SchooLinks maxChange>: 'half' is neither a number of rows (25) nor a percentage from "
+            "0% to 100%\nTry: correct the value",
+        ),
+        (
+            '<SchooLinks><Attendance view="x y"/></SchooLinks>',
+            "<Attendance view>: 'x y' is not a valid table name\nTry: correct the value",
+        ),
+        (
             '<SchooLinks><Attendance scale="percentage"/></SchooLinks>',
             "<Attendance scale>: 'percentage' is not one of fraction, percent\n"
             "Try: correct the value",
@@ -314,7 +366,7 @@ TAG = '<Tag name="A" detailedName="B" description="C" table="t" column="c" equal
         ),
         (
             '<SchooLinks><Attendance file="a.csv"/><GPA file="A.csv"/></SchooLinks>',
-            "<GPA file>: 'A.csv' is taken already\nTry: choose another name",
+            "<GPA file>: 'A.csv' is already in use\nTry: choose another name",
         ),
         (
             '<SchooLinks><GPA file="../gpa.csv"/></SchooLinks>',
@@ -323,15 +375,16 @@ TAG = '<Tag name="A" detailedName="B" description="C" table="t" column="c" equal
         ),
         (
             '<SchooLinks><Gpa/></SchooLinks>',
-            "<Gpa>: is not known inside <SchooLinks>\nTry: write GPA",
+            "<Gpa>: unknown element in <SchooLinks>\nTry: write GPA",
         ),
         (
             '<SchooLinks maxshrink="5%"><GPA/></SchooLinks>',
-            "<SchooLinks maxshrink>: is not known\nTry: write maxShrink",
+            "<SchooLinks maxshrink>: unknown attribute\nTry: write maxShrink",
         ),
         (
             '<SchooLinks directory="TODO(user)"><GPA/></SchooLinks>',
-            "<SchooLinks directory>: still holds TODO(user)\nTry: replace it by your own value",
+            "<SchooLinks directory>: still contains TODO(user)\n"
+            "Try: replace it with your own value",
         ),
     ],
 )  # fmt: skip
@@ -376,13 +429,13 @@ def test_load_config_for_sync_where_the_schoolinks_part_was_never_filled_in(
     tmp_path: Path, schoolinks: str
 ) -> None:
     samegoal = re.sub(r"TODO\(user\)|\$\{.*?\}", "x", SAMEGOAL)
-    found = load(tmp_path, samegoal + schoolinks, "sync")
+    found = sgsync.load_config(written(tmp_path, samegoal + schoolinks), sgsync.SyncConfig)
     assert [diff.file for diff in found.sql_diffs] == ["a.csv"]
 
 
 def test_the_config_that_comes_with_sgsync_has_the_defaults(tmp_path: Path) -> None:
     shipped = Path(sgsync.__file__).with_name("config.xml")
-    found = sgsync.load_config(shipped, "schoolinks").schoolinks
+    found = sgsync.load_config(shipped, sgsync.SchooLinksConfig).schoolinks
     sections = f"<SchooLinks><Attendance/><GPA/><Tags>{FIVE_TAGS}</Tags></SchooLinks>"
     assert found == load(tmp_path, sections).schoolinks
 
@@ -901,13 +954,9 @@ def test_build_sections_equals_a_computation_student_by_student(
 ) -> None:
     powerschool = PowerSchool()
     fill(powerschool, students)
-    config = sgsync._defaults(
-        sgsync.SchooLinksSettings,
-        attendance=sgsync._defaults(sgsync.AttendanceSettings),
-        gpa=sgsync._defaults(sgsync.GpaSettings),
-        tags=sgsync._defaults(
-            sgsync.TagsSettings,
-            tags=tuple(
+    config = sgsync.SchooLinksSettings(attendance=sgsync.AttendanceSettings(),
+        gpa=sgsync.GpaSettings(),
+        tags=sgsync.TagsSettings(tags=tuple(
                 sgsync.TagSettings(
                     name=words[0], detailed_name=words[1], description=words[2], table=table,
                     column=column, equals=str(value),

@@ -192,7 +192,7 @@ def test_a_row_whose_error_quotes_passwords_shows_none(
 def test_a_traceback_shows_no_password(
     leaves_no_secret: Check,
     monkeypatch: pytest.MonkeyPatch,
-    raised: Callable[[sgsync.Config], Exception],
+    raised: Callable[[sgsync.SyncConfig], Exception],
     code: int,
 ) -> None:
     def fail(sync: sgsync.Sync) -> None:
@@ -226,6 +226,9 @@ def test_a_traceback_shows_no_password(
         {"database": 'batchSize="Driver=x;PWD=secret99"'},
         {"database": 'connectionSting="Driver=x;PWD=secret99"'},
         {"more": "<Password>secret99</Password>"},
+        {"more": '<Notify ping="https:// secret99"/>'},
+        {"more": '<Notify url="secret99"/>'},
+        {"more": '<Notify on="secret" url="json://h/secret99"/>'},
         {"more": "secret99"},
     ],
     ids=str,
@@ -265,6 +268,20 @@ def test_a_keyring_shows_no_password(
     leaves_no_secret(2)
 
 
+def test_files_with_passwords_show_none(home: homes.Home, leaves_no_secret: Check) -> None:
+    home.configure(
+        connection=home.values["connection"].replace("${env:SIS_DB_PASSWORD}", "${file:ssh/db}"),
+        sftp='passphrase="${file:ssh/key}"',
+    )
+    for name, secret in (("db", PASSWORD), ("key", PASSPHRASE)):
+        (home.path / "ssh" / name).write_text(f"{secret}\n", encoding="utf-8")
+    leaves_no_secret(0)
+    (home.path / "ssh/db").write_text("another one & wrong", encoding="utf-8")
+    leaves_no_secret(4, "another one & wrong")
+    (home.path / "ssh/db").write_text("\n  another one & wrong", encoding="utf-8")
+    assert "the first line of the file" in leaves_no_secret(2, "another one & wrong")
+
+
 def test_passwords_with_any_character_break_no_xml_that_would_show_them(tmp_path: Path) -> None:
     """A password written into config.xml as it is, although XML wants it escaped."""
     chance = random.Random(7)
@@ -283,7 +300,7 @@ def test_passwords_with_any_character_break_no_xml_that_would_show_them(tmp_path
 
 def _message(path: Path) -> str:
     try:
-        sgsync.load_config(path, "sync")
+        sgsync.load_config(path, sgsync.SyncConfig)
     except sgsync.ConfigError as error:
         return str(error)
     return ""

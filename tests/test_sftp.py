@@ -41,7 +41,7 @@ def settings_of(home: homes.Home, **values: Any) -> sgsync.SftpSettings:
     known["username"] = home.values["username"]
     for name in ("download", "upload"):
         known[f"{name}_directory"] = f"{home.sftp_root.as_posix()}/{name}"
-    return sgsync._defaults(sgsync.SftpSettings, **{**known, **values})
+    return sgsync.SftpSettings(**{**known, **values})
 
 
 @contextlib.contextmanager
@@ -639,9 +639,9 @@ def test_download_of_an_empty_epoch_says_what_is_missing(home: homes.Home) -> No
 
 def bad_names() -> list[tuple[bytes, str, str]]:
     path = 'contains a path or one of \\ / : * ? " < > |'
-    unprintable = "contains a character that cannot be printed"
-    blank = "begins with a blank or ends with a blank or a dot"
-    device = "is the name of a device on Windows"
+    unprintable = "contains an unprintable character"
+    blank = "starts or ends with a space, or ends with a period"
+    device = "is a device name on Windows"
     return [
         (b"../iep.csv", "../iep.csv", path),
         (b"/etc/iep.csv", "/etc/iep.csv", path),

@@ -164,9 +164,9 @@ def test_over_limits_counts_rows_or_percent(
 ) -> None:
     name, value = limits.rstrip('"').split('="')
     field = {"maxDeletes": "max_deletes", "maxUpdates": "max_updates"}[name]
-    allowed = sgsync._defaults(sgsync.Limits, max_deletes=sgsync._limit("100%"))
-    allowed = sgsync.dataclasses.replace(allowed, **{field: sgsync._limit(value)})
-    spec = sgsync._defaults(sgsync.SqlDiff, file="iep.csv", key=("studentNumber",))
+    allowed = sgsync.Limits(max_deletes=sgsync.Parse.limit("100%"))
+    allowed = sgsync.dataclasses.replace(allowed, **{field: sgsync.Parse.limit(value)})
+    spec = sgsync.SqlDiff(file="iep.csv", key=("studentNumber",))
     source = rows(20)[deletes:]
     source[:updates] = [(*row[:3], "Kim") for row in source[:updates]]
     paths = [tmp_path / side / "iep.csv" for side in ("ia", "ic")]
@@ -374,12 +374,12 @@ def test_sync_refuses_the_second_file_before_it_writes_the_first(sqlite_home: ho
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "TODO": ({"username": "TODO(user)"}, "<SFTP username>: still holds TODO(user)"),
+    "TODO": ({"username": "TODO(user)"}, "<SFTP username>: still contains TODO(user)"),
     "unset": (
         {"connection": "Driver=x;PWD=${env:SGSYNC_TEST_UNSET}"},
         "<Database connectionString>: the environment variable SGSYNC_TEST_UNSET is not set",
     ),
-    "unknown attribute": ({"sftp": 'hots="x"'}, "<SFTP hots>: is not known"),
+    "unknown attribute": ({"sftp": 'hots="x"'}, "<SFTP hots>: unknown attribute"),
     "not XML": ({"upload": "<SQL>"}, "not well-formed XML"),
     "no call": ({"calls": "<Insert/>"}, "<Insert>: needs a procedure or one SQL statement"),
 }

@@ -48,9 +48,9 @@ NUMBERS = [{"n": n, "bench_day": FIRST_DAY + datetime.timedelta(n)} for n in ran
 
 def settings() -> sgsync.SchooLinksSettings:
     parts = (sgsync.AttendanceSettings, sgsync.GpaSettings)
-    attendance, gpa = (sgsync._defaults(part) for part in parts)
-    tags = sgsync._defaults(sgsync.TagsSettings, enabled=False)
-    return sgsync._defaults(sgsync.SchooLinksSettings, attendance=attendance, gpa=gpa, tags=tags)
+    attendance, gpa = (part() for part in parts)
+    tags = sgsync.TagsSettings(enabled=False)
+    return sgsync.SchooLinksSettings(attendance=attendance, gpa=gpa, tags=tags)
 
 
 def student_by_student(ask: Ask) -> list[list[tuple[str, ...]]]:

@@ -157,7 +157,7 @@ class District(homes.Runs):
 
     def sections(self) -> dict[str, sgsync.Section]:
         """The sections by file, without a run."""
-        config = sgsync.load_config(self.path / "config.xml", "schoolinks").schoolinks
+        config = sgsync.load_config(self.path / "config.xml", sgsync.SchooLinksConfig).schoolinks
         login = sgsync.OracleLogin("", "", "")
         with self.powerschool.connection(config, login) as connection:
             found = sgsync.build_sections(connection, config, TODAY)

@@ -89,11 +89,16 @@ CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
         uploadDirectory="/upload" requireComplete="true" maxAgeHours="36" timeoutSeconds="60"/>
   <Database connectionString="Driver={ODBC Driver 18 for SQL Server};UID=u;PWD=${env:SGSYNC_FUZZ}"
             batchSize="500" queryTimeoutSeconds="3600" verify="true"/>
-  <Limits maxDeletes="10%" maxUpdates="50%" maxFailures="25"/>
-  <History keepRuns="365"/>
+  <Limits maxDeletes="10%" maxUpdates="50%" maxFailures="25" maxInserts="50%"
+          minRows="9" usual="5"/>
+  <History keepRuns="365" reportKeys="false" metrics="m.prom"/>
+  <Pause from="2027-07-20" to="2027-08-15" why="rollover"/>
+  <Pause from="12-24" to="01-02"/>
+  <Notify on="held" ping="https://example.org/x" url="json://example.org"/>
   <Download>
     <SQLDiff file="iep.csv" key="studentNumber,startDate:int" sort="true" trim="true" maxDeletes="5"
-             nullText="NULL" dateFormat="%m/%d/%Y">
+             nullText="NULL" dateFormat="%m/%d/%Y" ignoreColumns="x" newColumns="report"
+             tolerance="gpa:0.005" ignoreLineBreaks="true">
       <Query><![CDATA[SELECT a, b FROM t WHERE a <> 'x' ORDER BY a]]></Query>
       <Insert procedure="dbo.sg_iep_upsert"/>
       <Update parameters="a,b">UPDATE t SET a = ? WHERE b = ?</Update>
@@ -103,10 +108,10 @@ CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
   </Download>
   <Upload>
     <SQL>{CALL dbo.sg_cleanup}</SQL>
-    <SQL file="open_records.csv">SELECT 1</SQL>
+    <SQL file="open_records.csv" maxShrink="5%">SELECT 1</SQL>
   </Upload>
   <SchooLinks directory="/automated" testDirectory="/other" ignoredSchool="901" grades="8,9,10"
-              maxShrink="10%" quoting="all">
+              maxShrink="10%" maxChange="5" quoting="all" identifier="student_sis_id">
     <Attendance enabled="true" file="attendance_percentage.csv" scale="fraction"/>
     <GPA enabled="true" file="gpa.csv" table="u_def_ext_students0" unweighted="simple_gpa"/>
     <Tags enabled="true" file="student_tags.csv">
@@ -119,7 +124,8 @@ XML_TOKENS = [
     *(text.encode() for text in (
         "<!DOCTYPE a [<!ENTITY b SYSTEM 'file:///etc/passwd'>]>", "&b;", "&#0;", "&#x1b;", "&lt;",
         "<![CDATA[", "]]>", "<!--", "-->", "<?pi x?>", "<", ">", "/>", '"', "'", "=", "\0",
-        "\x1b[H", "${env:HOME}", "${env:NOT_SET}", "${keyring:x}", "${", "}", "{", ";PWD=x;",
+        "\x1b[H", "${env:HOME}", "${env:NOT_SET}", "${keyring:x}", "${file:x}", "${", "}", "{",
+        ";PWD=x;",
         "TODO(user)", "<SQLDiff/>", "<Config>", "</Config>", "<Upload/>", "<x:y xmlns:x='u'/>",
         "xmlns='u'", "file=", "../", "con.csv", "\u202e", "\u2028", "?", "%", "%%", "-1", "1e9",
         "true", "\n", "9" * 400, "A" * 100_000, "<Tag>" * 300, "ä", "\U0001f600", "|", ",,", ":int",
@@ -130,6 +136,7 @@ XML_TOKENS = [
 XML_VALUES = (
     "", " ", "0", "1", "25", "5%", "100%", "true", "false", "a.csv", "iep.csv", "a,b", "a:int", "/",
     "/x", "dbo.p", "${env:HOME}", "%d.%m.%Y", "id", "8,9", "percent", "minimal", "all", "ä ö",
+    "01-01", "2027-01-01", "https://h/x", "a:0.5", "2.5", "${file:/}",
 )  # fmt: skip
 ENCODINGS = ("utf-8", "utf-16", "latin-1", "utf-8-sig", "utf-16-be", "cp037")
 
@@ -156,9 +163,9 @@ def check_config(raw: bytes, folder: Path) -> str:
     path = folder / "config.xml"
     path.write_bytes(raw)
     results = []
-    for command in ("sync", "schoolinks"):
+    for wanted in (sgsync.SyncConfig, sgsync.SchooLinksConfig):
         try:
-            sgsync.load_config(path, command)
+            sgsync.load_config(path, wanted)
             results.append(ANSWER)
         except sgsync.Error as error:
             check_error(error, 2)
@@ -307,8 +314,7 @@ def check_pair(pair: Pair, folder: Path) -> str:
     paths = [folder / "a.csv", folder / "b.csv"]
     for path, content in zip(paths, (pair.source, pair.database), strict=True):
         path.write_bytes(content)
-    spec = sgsync._defaults(
-        sgsync.SqlDiff, file="a.csv", key=pair.key, sort=pair.sort, trim=pair.trim,
+    spec = sgsync.SqlDiff(file="a.csv", key=pair.key, sort=pair.sort, trim=pair.trim,
         null_text=pair.null_text,
     )  # fmt: skip
     changes = io.BytesIO()
