@@ -4680,7 +4680,9 @@ def print_json(data: object) -> None:
         try:
             print(json.dumps(data), flush=True)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            pass
+        except OSError as error:
+            log.warning("standard output: could not write the summary: %s", error.strerror or error)
 
 
 def print_outcome(run: Run) -> None:
@@ -5259,6 +5261,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Callable[[Any], int], Options]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.  Never raises, never waits for a key."""
+    for number in range(3):  # Where one is closed, the next file opened would get its number,
+        try:  # and with it whatever a library prints.
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:  # under pythonw
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # A console may be unable to show every character.
@@ -5271,11 +5278,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with console_log(options), signals_interrupt(), owner_only():
         try:
             return run(options)
-        except BrokenPipeError:  # whoever read our output has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # Whoever read our output has enough.
             return 1
         except (Exception, KeyboardInterrupt) as exception:
             return report_error(Error.of(exception), options)
+
+
+def close_streams() -> None:
+    """Flush and close standard output and standard error; what they cannot take is lost.
+
+    Python itself tries at its very end, and exits with 120 where that fails.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.close()
 
 
 def report_error(error: Error, options: Options) -> int:
@@ -5387,4 +5403,5 @@ if __name__ == "__main__":
     code = main()
     with contextlib.suppress(Exception):  # The exit code stands, whatever the console is.
         wait_if_double_clicked()
+    close_streams()
     sys.exit(code)

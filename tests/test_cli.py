@@ -389,6 +389,53 @@ def test_main_runs_without_stdout_and_stderr(
     assert out.read_bytes().decode() == CHANGES
 
 
+@posix
+def test_the_exit_code_stands_whatever_the_streams_are(tmp_path: Path) -> None:
+    """Closed, full, or read by nobody: left to Python, some of these end with 1 or 120."""
+    failing = ("--json", "--home", str(tmp_path / "none"))
+    codes = {failing: 2, ("--help",): 0}
+    reader, unread = os.pipe()
+    os.close(reader)
+    with Path("/dev/full").open("wb") as full:
+        states = {"closed": subprocess.DEVNULL, "full": full, "unread": unread}
+        running = {}
+        for state, target in states.items():
+            for streams in ("1", "2", "12"):
+                closing = "".join(f" {number}>&-" for number in streams if state == "closed")
+                for argv in codes:
+                    running[state, streams, argv] = subprocess.Popen(
+                        ["sh", "-c", f'exec "$@"{closing}', "sh", sys.executable, homes.SCRIPT,
+                         *argv],
+                        stdin=subprocess.DEVNULL,
+                        stdout=target if "1" in streams else subprocess.DEVNULL,
+                        stderr=target if "2" in streams else subprocess.PIPE,
+                    )  # fmt: skip
+    os.close(unread)
+    told = {case: process.communicate(timeout=60)[1] or b"" for case, process in running.items()}
+    assert {case: process.returncode for case, process in running.items()} == {
+        case: codes[case[2]] for case in running
+    }
+    assert not [text for text in told.values() if b"Traceback" in text or b"ignored" in text]
+    assert re.sub(LOG_LINE, "", told["full", "1", failing].decode().splitlines()[-1]) == (
+        "standard output: could not write the summary: No space left on device"
+    )
+
+
+@posix
+def test_main_opens_what_is_closed(tmp_path: Path) -> None:
+    """Or the next file that it opens, a log or a connection, would be what a library prints to."""
+    told = tmp_path / "told"
+    program = (
+        f"import os, sgsync; sgsync.main(['--home', 'none']); file = open({str(told)!r}, 'w'); "
+        "file.write(' '.join(os.readlink(f'/proc/self/fd/{n}') for n in range(3)))"
+    )
+    subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program],
+        cwd=homes.SCRIPT.parent, timeout=60, check=True,
+    )  # fmt: skip
+    assert told.read_text() == "/dev/null /dev/null /dev/null"
+
+
 def test_main_shows_characters_that_the_console_lacks(tmp_path: Path) -> None:
     home = tmp_path / "Škola 漢字"
     done = run("--home", home, env={"PYTHONIOENCODING": "cp1252:strict", "PYTHONUTF8": "0"})
