@@ -5190,6 +5190,8 @@ def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO
             try:
                 yield sys.stdout.buffer
             except OSError as error:
+                with contextlib.suppress(OSError):  # Or Python tries once more, and complains.
+                    sys.stdout.close()
                 if os.name == "nt" and error.errno == errno.EINVAL:  # what Windows calls it
                     raise BrokenPipeError from error
                 raise

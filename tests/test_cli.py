@@ -366,6 +366,18 @@ def test_main_diff_ends_when_nobody_reads_on(tmp_path: Path) -> None:
         assert process.wait(60) == 1
 
 
+@posix
+def test_main_diff_tells_of_a_full_disk_once(tmp_path: Path) -> None:
+    a, b = csv_files(tmp_path)
+    command = [sys.executable, str(homes.SCRIPT), "diff", str(a), str(b), "--key", "id"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(r"standard output: No space left on device\n    Try: .*\n", done.stderr)
+
+
 # ------------------------------------------------------------------ odd consoles
 
 
