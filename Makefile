@@ -28,9 +28,11 @@ test-newest: ## the command-line tests on the newest Python to be had
 	@PYTHON="$(PYTHON)" PACKAGES="$(TEST_PACKAGES)" CACHE="$(CACHE)" \
 	    sh tests/support/newest.sh $(or $(ARGS),tests/test_cli.py)
 
+# the third line: a Python that is too old must be able to compile sgsync.py, which then says so
 lint: $(VENV)/test.stamp ## format, rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --quiet --isolated --target-version py38 --select PLE0100 sgsync.py
 	$(BIN)/mypy
 
 bench: test-packages $(VENV)/test.stamp ## speed and memory, as a table

@@ -26,6 +26,17 @@ banner that names its entry point.  Start reading at `run_sync` or `run_schoolin
 
 from __future__ import annotations
 
+import sys
+
+# Python 3.8 and 3.9 can compile this whole file, so they get here; older ones stop at the :=.
+if (running := sys.version_info) < (3, 10):  # sgsync needs Python 3.10 or newer
+    sys.stderr.write(
+        "sgsync needs Python 3.10 or newer; this is Python {}.{}.{} ({})\n"
+        "Try: start it with a newer Python, such as python3.12 {}, or install one from "
+        "https://www.python.org/downloads/\n".format(*running[:3], sys.executable, __file__)
+    )
+    sys.exit(2)
+
 import argparse
 import bisect
 import collections
@@ -52,7 +63,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import threading
 import time
 import typing
@@ -4814,11 +4824,8 @@ def run_sync(options: SyncOptions) -> int:
         config = load_config(options.config, SyncConfig)
         keep_secret(config.secrets)
         warn_of_readable(config.path, options.home / config.sftp.private_key, *config.secret_files)
-        with (
-            Display(options.terminal) as display,
-            Sftp(config.sftp, options.home) as sftp,
-            Database(config.database) as database,
-        ):
+        with Display(options.terminal) as display, Sftp(config.sftp, options.home) as sftp, \
+                Database(config.database) as database:  # fmt: skip
             Sync(options, run, config, display).work(sftp, database)
     return cast("int", run.summary.exit_code)
 
@@ -4984,10 +4991,8 @@ class Sync:
     def apply_changes(self, database: Database, comparisons: Sequence[Comparison]) -> Failures:
         """Apply the changes of every file in the order of the SQLDiff elements."""
         path, limit = self.folder / FAILURES_NAME, self.config.limits.max_failures
-        with (
-            Failures(path, limit) as failures,
-            self.display.phase("apply", len(comparisons)) as phase,
-        ):
+        phases = self.display.phase("apply", len(comparisons))
+        with Failures(path, limit) as failures, phases as phase:
             for found, summary in zip(comparisons, self.summary.files, strict=True):
                 began = time.monotonic()
                 wanted = summary.total("found") - summary.total("left_alone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -221,6 +222,36 @@ def test_main_loads_no_driver_where_it_needs_none(tmp_path: Path, argv: Sequence
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(homes.SCRIPT.parent)},
     )  # fmt: skip
     assert done.stderr.endswith("(0, [])")
+
+
+# ------------------------------------------------------------------ old Pythons
+
+OLD = """import runpy, sys
+sys.version_info, sys.executable = (3, 8, 10, "final", 0), "/usr/bin/python3"
+sys.argv = ["sgsync.py", "sync", "--home", "a b"]
+runpy.run_path({script!r}, run_name="__main__")"""
+
+
+def test_an_old_python_names_the_right_one() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OLD.format(script=str(homes.SCRIPT))],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "sgsync needs Python 3.10 or newer; this is Python 3.8.10 (/usr/bin/python3)\n"
+        f"Try: start it with a newer Python, such as python3.12 {homes.SCRIPT}, or install one "
+        "from https://www.python.org/downloads/\n"
+    )
+
+
+def test_an_old_python_can_compile_the_script() -> None:
+    """Or it would say `invalid syntax` instead; `make lint` looks at what ast overlooks."""
+    tree = ast.parse(homes.SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 8))
+    docstring, future, imported, guard, *_ = tree.body
+    assert [type(node) for node in (docstring, future)] == [ast.Expr, ast.ImportFrom]
+    assert ast.unparse(imported) == "import sys"
+    assert ast.unparse(guard).startswith("if (running := sys.version_info) < (3, 10):\n")
 
 
 # ------------------------------------------------------------------ what it says
