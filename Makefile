@@ -18,7 +18,7 @@ CACHE ?= /var/cache/sgsync-ci
 help: ## lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 19
 
-demo: demo-packages $(VENV)/demo.stamp ## three nights of sync, two of schoolinks, on servers of its own
+demo: demo-packages $(VENV)/demo.stamp ## nights of sync and schoolinks on servers of its own; ARGS=--keep to try more
 	$(BIN)/python tests/demo.py $(ARGS)
 
 test: test-packages $(VENV)/test.stamp ## all tests
