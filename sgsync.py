@@ -62,11 +62,13 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
+import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, TextIO, TypeVar, cast
 
@@ -105,6 +107,8 @@ RETRY_ATTEMPTS = 4
 RETRY_SECONDS = 2.0  # The first pause; each further one is twice as long.
 
 SCRIPT = Path(__file__).resolve()
+FROZEN = bool(getattr(sys, "frozen", False))
+PROGRAM = (sys.executable,) if FROZEN else (sys.executable, str(SCRIPT))  # starts sgsync
 
 log = logging.getLogger("sgsync")
 
@@ -587,8 +591,14 @@ class SftpSettings(Element):
     # What SchooLinks' server has instead of the element: a password, other places to correct it.
     password: str = dataclasses.field(default="", repr=False)
     element: str = "<SFTP>"
-    host_from: str = "<SFTP>"
-    operator: str = "SameGoal"
+    where: str = ""  # the element's place, such as config.xml:12
+    host_from: str = "host= in <SFTP>"
+    key_advice: str = "give the public key, the file with .pub, to SameGoal"
+    login_advice: str = (
+        "check username= in <SFTP>, and that SameGoal has the public key of this private key (a "
+        "new key takes up to 60 minutes to work)"
+    )
+    trust: tuple[str, ...] = ("trust",)  # the command that pins its host key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -1412,7 +1422,7 @@ def load_config(path: Path, wanted: type[C]) -> C:
     return ConfigReader(path).read(wanted)
 
 
-# ---------------------------------------------------------------------- connections: Sftp, Database
+# ---------------------------------------------------------------------- connections: Watchdog
 
 
 class Watchdog:
@@ -1444,6 +1454,609 @@ class Watchdog:
                 self.expired = True
                 self._close()
                 return
+
+
+# ---------------------------------------------------------------------- SSH keys and host keys
+# Given: the settings of an SFTP server, the home folder, known_hosts as ssh or PowerShell wrote it.
+# Gives: the private key to log in with, the host keys pinned for a server, the key it shows.
+# Raises: ConfigError for this machine's files, TransferError for a server that cannot be trusted.
+
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # What it logs it raises, too.
+
+
+def load_private_key(settings: SftpSettings, home: Path) -> paramiko.PKey:
+    """The key to log in with.  Raises ConfigError that names the file and what is wrong with it."""
+    import paramiko
+
+    path = home / settings.private_key
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        remedy = ""
+        if isinstance(error, FileNotFoundError):
+            remedy = _key_pair_advice(settings, path)
+        if isinstance(error, PermissionError):
+            remedy = "make the account that runs sgsync the owner of that file"
+        reason = f"the private key cannot be read: {error.strerror}"
+        raise ConfigError(f"{path}: {reason}", remedy) from None
+    if text.startswith(b"PuTTY-User-Key-File"):
+        raise ConfigError(
+            f"{path}: the key is in PuTTY format",
+            "open it in PuTTYgen and save it with Conversions > Export OpenSSH key",
+        )
+    if text.startswith((b"ssh-", b"ecdsa-")):
+        raise ConfigError(
+            f"{path}: this is a public key", "name the private key, the file without .pub"
+        )
+    encrypted = False
+    kinds: dict[str, type[paramiko.PKey]] = {
+        "RSA": paramiko.RSAKey,
+        "EC": paramiko.ECDSAKey,
+        "ED25519": paramiko.Ed25519Key,
+    }
+    if kind := kinds.get(_key_type(text)):
+        for passphrase in (None, settings.passphrase or None):
+            try:
+                return kind.from_private_key(io.StringIO(text.decode("ascii")), passphrase)
+            except paramiko.PasswordRequiredException:
+                encrypted = True
+            except Exception as error:  # of many kinds, by the library below paramiko
+                log.debug("%s: %s", path, one_line(error))
+    if encrypted and settings.passphrase:
+        raise ConfigError(
+            f"{path}: the passphrase is wrong", f"correct passphrase= in {settings.element}"
+        )
+    if encrypted:
+        raise ConfigError(
+            f"{path}: the private key is protected by a passphrase",
+            f'add passphrase="${{env:NAME}}" to {settings.element} and set that variable',
+        )
+    raise ConfigError(
+        f"{path}: this is not a private key in OpenSSH format",
+        "use an OpenSSH key of type RSA, ECDSA or Ed25519",
+    )
+
+
+def _key_type(text: bytes) -> str:
+    """RSA, EC or ED25519, from the outside of a private key: the wrong reader only complains."""
+    import binascii
+
+    found = re.search(rb"-----BEGIN (RSA|EC|OPENSSH) PRIVATE KEY-----([^-]*)", text)
+    if not found:
+        return ""
+    if found[1] != b"OPENSSH":
+        return found[1].decode("ascii")
+    with contextlib.suppress(binascii.Error):
+        # The public key comes first, before what a passphrase protects.
+        named = re.search(rb"ssh-(rsa|ed25519)|(ec)dsa-sha2-", binascii.a2b_base64(found[2]))
+        return (named[1] or named[2]).decode("ascii").upper() if named else ""
+    return ""
+
+
+def _key_pair_advice(settings: SftpSettings, path: Path) -> str:
+    """How to make the missing key pair, from any directory, as the account that will own it."""
+    words, folder, account = ["ssh-keygen"], path.parent, ""
+    if os.name != "nt" and folder.is_dir():
+        import pwd
+
+        owner = folder.stat().st_uid
+        if owner != os.getuid():
+            with contextlib.suppress(KeyError):  # An account that has been deleted has no name.
+                account = pwd.getpwuid(owner).pw_name
+    if account:
+        words = ["sudo", "-u", account, *words]
+    command = command_line([*words, "-t", "rsa", "-b", "4096", "-f", str(path)])
+    first = "" if folder.is_dir() else f"create the folder {folder}; "
+    return f"{first}make a key pair without a passphrase: {command}; then {settings.key_advice}"
+
+
+class HostKeys:
+    """The pinned host keys: a file known_hosts as ssh writes it, or PowerShell's `>` in UTF-16.
+
+    A file that does not exist holds none.  Lines marked @cert-authority are left alone, and
+    wildcards match nothing: a server has to be named.  Raises ConfigError where the file cannot be
+    read.  Source of the format: sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT".
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, raw = path, b""
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read: {error.strerror}",
+                "let the account that runs sgsync read that file",
+            ) from None
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            text = raw.decode("utf-16", "replace")
+        else:
+            text = raw.decode("utf-8-sig", "surrogateescape")
+        self._lines = re.split("\r\n|\r|\n", text)
+
+    @staticmethod
+    def name(host: str, port: int) -> str:
+        """A server as known_hosts names it."""
+        return host.lower() if port == 22 else f"[{host.lower()}]:{port}"
+
+    def of(self, host: str, port: int) -> list[paramiko.PKey]:
+        """The keys pinned for a server, less those marked @revoked."""
+        wanted = self.name(host, port)
+        found: dict[str, list[paramiko.PKey]] = {"": [], "@revoked": []}
+        for marker, names, key in filter(None, map(self._parsed, self._lines)):
+            if marker in found and any(self._matches(name, wanted) for name in names):
+                found[marker].append(key)
+        return [key for key in found[""] if key not in found["@revoked"]]
+
+    def hosts(self) -> list[str]:
+        """The servers that have a key, in the file's order; the hashed ones are only counted."""
+        parsed = filter(None, map(self._parsed, self._lines))
+        names = [name for marker, names, _ in parsed if not marker for name in names]
+        hashed = sum(name.startswith("|") for name in names)
+        plain = dict.fromkeys(name for name in names if not name.startswith("|"))
+        return [*map(printable, plain), *([plural(hashed, "hashed name")] if hashed else [])]
+
+    def check(self, host: str, port: int, key: paramiko.PKey, remedy: str) -> None:
+        """Raise TransferError, with that remedy, unless `key` is one of those pinned."""
+        pinned = self.of(host, port)
+        if key not in pinned:
+            known = ", ".join(f"{each.get_name()} {each.fingerprint}" for each in pinned)
+            raise TransferError(
+                f"{host}:{port}: the host key is {key.get_name()} {key.fingerprint}, but "
+                f"{self.path} has {known or 'none'}; nothing was sent",
+                remedy,
+            )
+
+    def pin(self, host: str, port: int, key: paramiko.PKey) -> None:
+        """Add a server's key, unless it is there; raises Error where the file cannot be written."""
+        if key not in self.of(host, port):
+            line = f"{self.name(host, port)} {key.get_name()} {key.get_base64()}"
+            self._write([*self._lines, line])
+
+    def replace(self, host: str, port: int, key: paramiko.PKey) -> None:
+        """Make `key` the only one of a server.  Other servers' lines and marked lines stay."""
+        wanted = self.name(host, port)
+        kept = []
+        for line in self._lines:
+            parsed = self._parsed(line)
+            if parsed and not parsed[0]:
+                others = [name for name in parsed[1] if not self._matches(name, wanted)]
+                if not others:
+                    continue
+                if len(others) < len(parsed[1]):
+                    kept.append(f"{','.join(others)} {line.split(None, 1)[1]}")
+                    continue
+            kept.append(line)
+        self._write([*kept, f"{wanted} {key.get_name()} {key.get_base64()}"])
+
+    @staticmethod
+    def _parsed(line: str) -> tuple[str, list[str], paramiko.PKey] | None:
+        """Marker, names and key of a line; None for comments and lines that are no use."""
+        from paramiko.hostkeys import HostKeyEntry
+
+        fields = line.split()
+        marker = fields.pop(0) if line.lstrip().startswith("@") else ""
+        if line.lstrip().startswith("#"):
+            return None
+        with contextlib.suppress(Exception):  # of many kinds, for bad base64 and bad keys
+            if entry := HostKeyEntry.from_line(" ".join(fields[:3])):
+                return marker, list(entry.hostnames), entry.key
+        return None
+
+    @staticmethod
+    def _matches(name: str, wanted: str) -> bool:
+        if not name.startswith("|1|"):
+            return name.lower() == wanted
+        import paramiko
+
+        with contextlib.suppress(Exception):  # a salt that is no base64
+            return paramiko.HostKeys.hash_host(wanted, name) == name
+        return False
+
+    def _write(self, lines: Sequence[str]) -> None:
+        """The whole file at once: readable by its owner alone if new, else as it was."""
+        import stat
+
+        lines = [line for line in lines if line.strip()]
+        with new_file(self.path) as file:
+            there = self.path.exists()
+            like = (self.path if there else self.path.parent).stat()
+            part = Path(file.name)
+            if os.name != "nt" and like.st_uid != part.stat().st_uid:
+                os.chown(part, like.st_uid, like.st_gid)  # Made by root, read by the job's account.
+            part.chmod(stat.S_IMODE(like.st_mode) if there else 0o600)
+            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+        self._lines = lines
+
+
+def fetch_host_key(host: str, port: int, kind: str = "") -> paramiko.PKey:
+    """The key a server shows, of type `kind` (such as ssh-rsa) if given; nobody logs in.
+
+    Nothing proves that it is the right server: a person has to compare the fingerprint.  Takes
+    `CONNECT_SECONDS` at most; raises TransferError.
+    """
+    import queue
+
+    found: queue.SimpleQueue[paramiko.PKey | Exception] = queue.SimpleQueue()
+    subject = f"{host}:{port}: cannot connect"
+
+    def fetch() -> None:
+        try:
+            transport = ssh_transport(host, port, [kind])
+            try:
+                transport.start_client(timeout=CONNECT_SECONDS)
+                found.put(transport.get_remote_server_key())
+            finally:
+                transport.close()
+        except Exception as error:  # handed to the caller
+            found.put(error)
+
+    # In a thread, since nothing else bounds the look-up of a name.
+    threading.Thread(target=fetch, daemon=True, name="host key").start()
+    try:
+        key = found.get(timeout=CONNECT_SECONDS)
+    except queue.Empty:
+        key = TimeoutError()
+    if isinstance(key, Exception):
+        raise ssh_error(subject, key, CONNECT_SECONDS, "the host name") from key
+    if kind and key.get_name() != kind:
+        raise TransferError(f"{host}:{port}: the server has no host key of type {kind}")
+    return key
+
+
+def ssh_transport(host: str, port: int, kinds: Collection[str]) -> paramiko.Transport:
+    """A connection whose key exchange has not begun and will ask for host keys of `kinds` first."""
+    import socket
+
+    import paramiko
+
+    def wanted(name: str) -> bool:
+        return name in kinds or (name.startswith("rsa-sha2-") and "ssh-rsa" in kinds)
+
+    sock = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+    try:
+        # Else each small packet of the log-in waits 40 ms for the other side.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        transport = paramiko.Transport(sock)
+    except BaseException:
+        sock.close()
+        raise
+    transport.banner_timeout = transport.handshake_timeout = CONNECT_SECONDS
+    transport.auth_timeout = transport.channel_timeout = CONNECT_SECONDS
+    options = transport.get_security_options()
+    options.key_types = sorted(options.key_types, key=lambda name: not wanted(name))
+    # Measured: a third faster than paramiko's first choice, CTR with a MAC of its own.
+    options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
+    return transport
+
+
+def ssh_error(subject: str, error: Exception, seconds: float, name: str) -> TransferError:
+    """What a connection that broke or never came about means; `name` is what to check."""
+    import socket
+
+    reason = one_line(error) or type(error).__name__
+    if isinstance(error, EOFError):
+        reason = "the server closed the connection"
+    if reason.startswith("Error reading SSH protocol banner"):
+        reason = "no SSH server answers there"
+    if isinstance(error, TimeoutError) or reason == "No existing session":
+        reason = f"no answer for {seconds:g} s"
+    remedy = "check that the server is running and that no firewall blocks it"
+    if isinstance(error, socket.gaierror):
+        remedy = f"check {name}, and that this machine can resolve names"
+    return TransferError(f"{subject}: {reason}", remedy, transient=True)
+
+
+# ---------------------------------------------------------------------- SFTP requests: SftpRequests
+# Given: the channel of an SFTP session, and what is to be read or written.
+# Gives: files in both directions, with many requests in flight at once.
+# Raises: what paramiko raises: OSError, EOFError, SFTPError.
+
+SFTP_REQUESTS = 64  # In flight at once, as OpenSSH's client has: more makes some servers hang.
+SFTP_FILES = 16  # Open at once.
+READ_BYTES = 1 << 15  # Asked for at once; every server must be able to answer as much.
+WRITE_BYTES = 32_000  # Sent at once: with its header it fits into one SSH packet.
+SFTP_PACKET_BYTES = 1 << 18  # OpenSSH sends no larger one.
+
+
+class SftpRequests:
+    """Requests of which several are in flight at once, on the channel of an idle SFTPClient.
+
+    Answers may come in any order; each is handed, as its type and content, to the function that
+    was given with the request.  After an exception answers may be outstanding: hang up.
+    Source: draft-ietf-secsh-filexfer-02.
+    """
+
+    OPEN, CLOSE, READ, WRITE, STAT = 3, 4, 5, 6, 17
+    STATUS, HANDLE, DATA, ATTRIBUTES = 101, 102, 103, 105
+
+    def __init__(self, channel: paramiko.Channel, most: int, moved: Callable[[], None]) -> None:
+        self.most = most
+        self._channel, self._moved = channel, moved
+        self._waiting: dict[int, Callable[[int, bytes], None]] = {}
+        self._numbers = itertools.count(1 << 31)  # The SFTPClient counts from 1.
+        self._outgoing: list[bytes] = []
+        self._incoming = bytearray()
+
+    @property
+    def pending(self) -> int:
+        """How many answers are outstanding."""
+        return len(self._waiting)
+
+    @property
+    def free(self) -> bool:
+        return len(self._waiting) < self.most
+
+    def hang_up(self) -> None:
+        """Close this connection, which may not be the newest one any more."""
+        self._channel.get_transport().close()
+
+    def ask(self, kind: int, fields: Sequence[bytes], then: Callable[[int, bytes], None]) -> None:
+        number = next(self._numbers) & 0xFFFFFFFF
+        self._waiting[number] = then
+        size = 5 + sum(map(len, fields))
+        self._outgoing += (struct.pack(">IBI", size, kind, number), *fields)
+
+    def exchange(self) -> None:
+        """Send what was asked; wait for an answer, and hand on all that have come."""
+        import paramiko
+
+        outgoing = b"".join(self._outgoing)
+        self._outgoing.clear()
+        while outgoing:
+            sent = self._channel.send(outgoing[: 1 << 15])
+            if not sent:
+                raise EOFError
+            outgoing = outgoing[sent:]
+            self._moved()
+        received = self._channel.recv(1 << 21)
+        if not received:
+            raise EOFError
+        self._moved()
+        self._incoming += received
+        try:
+            self._hand_on()
+        except struct.error:
+            raise paramiko.SFTPError("the server's answer is garbled") from None
+
+    def _hand_on(self) -> None:
+        import paramiko
+
+        begin, buffer = 0, self._incoming
+        while len(buffer) - begin >= 9:
+            size, kind, number = struct.unpack_from(">IBI", buffer, begin)
+            if not 5 <= size <= SFTP_PACKET_BYTES:
+                raise paramiko.SFTPError("the server's answer is garbled")
+            end = begin + 4 + size
+            if len(buffer) < end:
+                break
+            then = self._waiting.pop(number, None)
+            if then is None:
+                raise paramiko.SFTPError("the server answered what nobody asked")
+            then(kind, bytes(memoryview(buffer)[begin + 9 : end]))
+            begin = end
+        del buffer[:begin]
+
+    @staticmethod
+    def check(kind: int, content: bytes, wanted: int) -> None:
+        """Raise what an answer other than the `wanted` one means, as paramiko does."""
+        import paramiko
+
+        if kind == wanted != SftpRequests.STATUS:
+            return
+        if kind != SftpRequests.STATUS:
+            raise paramiko.SFTPError("the server's answer is garbled")
+        (code,) = struct.unpack_from(">I", content)
+        if code == 0 and wanted == kind:
+            return
+        text = content[8 : 8 + int.from_bytes(content[4:8], "big")].decode("utf-8", "replace")
+        numbers = {2: errno.ENOENT, 3: errno.EACCES}
+        raise OSError(numbers[code], text) if code in numbers else OSError(text or f"code {code}")
+
+
+def sftp_string(text: bytes) -> bytes:
+    return struct.pack(">I", len(text)) + text
+
+
+class SftpReads:
+    """Reads files in order, while requests about the files that follow are in flight.
+
+    What has been asked for and not been taken is never more than `SFTP_REQUESTS` blocks.
+    """
+
+    class File:
+        """One of the files; `changed` says how its size differs from the listed one."""
+
+        def __init__(self, path: str, size: int) -> None:
+            self.path, self.size, self.asked = path, size, 0
+            self.handle, self.changed = b"", ""
+            self.error: Exception | None = None
+            self.blocks: collections.deque[SftpReads.Block] = collections.deque()
+
+        def opened(self, kind: int, content: bytes) -> None:
+            try:
+                SftpRequests.check(kind, content, SftpRequests.HANDLE)
+                self.handle = content  # a string, as every request about the file needs it
+            except OSError as error:
+                self.error = error  # raised when it is the file's turn
+
+    @dataclasses.dataclass
+    class Block:
+        """Bytes that were asked for; `missing` of them, from `offset` on, have not come."""
+
+        offset: int
+        missing: int
+        data: bytes = b""
+        ended: bool = False
+
+    def __init__(self, requests: SftpRequests, files: Sequence[SftpReads.File]) -> None:
+        self.requests, self.files = requests, files
+        self._opened = self._reading = self._taken = 0  # files
+        self._held = 0  # blocks
+
+    def next_block(self, file: SftpReads.File) -> bytes:
+        """The bytes that follow; none at the end, when `file.changed` tells whether all came."""
+        while True:
+            self._ask()
+            if file.error:
+                raise file.error
+            if file.blocks and not file.blocks[0].missing:
+                break
+            self.requests.exchange()
+        block = file.blocks.popleft()
+        self._held -= 1
+        probe = not file.blocks and file.asked > file.size
+        if block.ended != probe:
+            file.changed = "longer" if probe else "shorter"
+        if not file.changed and not probe:
+            return block.data
+        self._taken += 1
+        self.requests.ask(SftpRequests.CLOSE, [file.handle], lambda *_: None)
+        return b""
+
+    def _ask(self) -> None:
+        most = SFTP_FILES if self.requests.most > 1 else 1
+        while self._opened < min(len(self.files), self._taken + most) and self.requests.free:
+            file = self.files[self._opened]
+            fields = sftp_string(file.path.encode("utf-8")) + struct.pack(">II", 1, 0)
+            self.requests.ask(SftpRequests.OPEN, [fields], file.opened)
+            self._opened += 1
+        while self._reading < self._opened and self._held < self.requests.most:
+            file = self.files[self._reading]
+            if not file.handle or not self.requests.free:
+                break
+            # After the last block, one byte more: a file that goes on is an error.
+            block = self.Block(file.asked, min(READ_BYTES, file.size - file.asked) or 1)
+            file.asked += block.missing
+            file.blocks.append(block)
+            self._held += 1
+            self._ask_block(file, block)
+            if file.asked > file.size:
+                self._reading += 1
+
+    def _ask_block(self, file: SftpReads.File, block: SftpReads.Block) -> None:
+        fields = [file.handle, struct.pack(">QI", block.offset, block.missing)]
+        then = functools.partial(self._arrived, file, block)
+        self.requests.ask(SftpRequests.READ, fields, then)
+
+    def _arrived(
+        self, file: SftpReads.File, block: SftpReads.Block, kind: int, content: bytes
+    ) -> None:
+        import paramiko
+
+        if kind == SftpRequests.STATUS and content.startswith(b"\0\0\0\1"):  # end of file
+            block.ended, block.missing = True, 0
+            return
+        try:
+            SftpRequests.check(kind, content, SftpRequests.DATA)
+        except OSError as error:
+            file.error = file.error or error
+            return
+        data = content[4:]
+        if int.from_bytes(content[:4], "big") != len(data) or not 0 < len(data) <= block.missing:
+            raise paramiko.SFTPError("the server's answer is garbled")
+        block.data = block.data + data if block.data else data
+        block.offset += len(data)
+        block.missing -= len(data)
+        if block.missing:  # A server may answer with less than was asked for.
+            self._ask_block(file, block)
+
+
+class SftpWrites:
+    """Writes files in order, several of them open at once, and asks for the size of each."""
+
+    class File:
+        """One of the files; `confirmed` is its size on the server after it was closed."""
+
+        def __init__(self, path: str, blocks: Iterator[bytes]) -> None:
+            self.path, self.blocks = path, blocks
+            self.handle = b""
+            self.sent = self.unanswered = 0
+            self.ended = False
+            self.confirmed: int | None = None
+            self.error: Exception | None = None
+
+    def __init__(
+        self, requests: SftpRequests, files: Iterable[tuple[str, Iterator[bytes]]]
+    ) -> None:
+        self.requests = requests
+        self._files = itertools.starmap(self.File, files)
+        self._unfinished: collections.deque[SftpWrites.File] = collections.deque()
+        self._unsent: collections.deque[SftpWrites.File] = collections.deque()
+
+    def oldest(self) -> SftpWrites.File | None:
+        """The first file that is not finished; None when all are."""
+        self._ask()
+        return self._unfinished[0] if self._unfinished else None
+
+    def finish(self, file: SftpWrites.File) -> None:
+        while file.confirmed is None:
+            if file.error:
+                raise file.error
+            self.requests.exchange()
+            self._ask()
+        self._unfinished.popleft()
+
+    def _ask(self) -> None:
+        most = SFTP_FILES if self.requests.most > 1 else 1
+        while self.requests.free:
+            file = self._unsent[0] if self._unsent else None
+            if file and file.handle:
+                self._send(file)
+            elif len(self._unfinished) < most and (opened := next(self._files, None)):
+                self._unfinished.append(opened)
+                self._unsent.append(opened)
+                # for writing, made if missing, emptied if there
+                fields = sftp_string(opened.path.encode("utf-8")) + struct.pack(">II", 0x1A, 0)
+                self._request(opened, SftpRequests.OPEN, [fields], SftpRequests.HANDLE)
+            else:
+                break
+
+    def _send(self, file: SftpWrites.File) -> None:
+        block = b"" if file.error else next(file.blocks, b"")
+        if block:
+            fields = [file.handle, struct.pack(">QI", file.sent, len(block)), block]
+            file.sent += len(block)
+            file.unanswered += 1
+            self._request(file, SftpRequests.WRITE, fields)
+        else:
+            self._unsent.popleft()
+            file.ended = True
+            self._close(file)
+
+    def _close(self, file: SftpWrites.File) -> None:
+        if file.ended and not file.unanswered:
+            self._request(file, SftpRequests.CLOSE, [file.handle])
+
+    def _request(
+        self, file: SftpWrites.File, kind: int, fields: Sequence[bytes], wanted: int = 101
+    ) -> None:
+        def then(answer: int, content: bytes) -> None:
+            try:
+                SftpRequests.check(answer, content, wanted)
+            except OSError as error:
+                file.error = file.error or error  # raised when it is the file's turn
+                return
+            if kind == SftpRequests.OPEN:
+                file.handle = content
+            elif kind == SftpRequests.WRITE:
+                file.unanswered -= 1
+                self._close(file)
+            elif kind == SftpRequests.CLOSE:
+                path = sftp_string(file.path.encode("utf-8"))
+                self._request(file, SftpRequests.STAT, [path], SftpRequests.ATTRIBUTES)
+            else:
+                flags, size = struct.unpack_from(">IQ", content)
+                file.confirmed = size if flags & 1 else -1
+
+        self.requests.ask(kind, fields, then)
+
+
+# ---------------------------------------------------------------------- SFTP: Sftp
+# Given: the settings of a server and the home folder.
+# Gives: listings, files in both directions, directories; every exchange is bounded in time.
+# Raises: TransferError for the server's and the network's faults, ConfigError for the key files.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1481,41 +2094,65 @@ class Sftp:
         if self._transport and self._transport.is_active() and self._client:
             return
         self.close()
-        import socket
-
         import paramiko
 
-        logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # What it logs it raises, too.
-        private_key = None if self.settings.password else self._private_key()
+        settings = self.settings
         host_keys = self._host_keys()
-        self._watchdog = Watchdog(self.settings.timeout_seconds, self._hang_up)
+        private_key = None if settings.password else load_private_key(settings, self.home)
+        kinds = {key.get_name() for key in host_keys.of(settings.host, settings.port)}
+        self._watchdog = Watchdog(settings.timeout_seconds, self._hang_up)
         with self._operation(f"{self.where}: cannot connect"):
-            address = (self.settings.host, self.settings.port)
-            sock = socket.create_connection(address, timeout=CONNECT_SECONDS)
-            try:
-                # Else each small packet of the log-in waits 40 ms for the other side.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._transport = transport = paramiko.Transport(sock)
-            except BaseException:
-                sock.close()
-                raise
-            transport.banner_timeout = transport.handshake_timeout = CONNECT_SECONDS
-            transport.auth_timeout = transport.channel_timeout = CONNECT_SECONDS
-            self._prefer_known_keys(transport, host_keys)
+            self._transport = transport = ssh_transport(settings.host, settings.port, kinds)
             transport.start_client(timeout=2 * CONNECT_SECONDS)  # greeting and key exchange
-            self._check_host_key(transport.get_remote_server_key(), host_keys)
+            key = transport.get_remote_server_key()
+            host_keys.check(
+                settings.host,
+                settings.port,
+                key,
+                "ask the server's operator whether the host key was changed; only if it was, "
+                f"replace the pinned key: {self._trust()}",
+            )
             transport.set_keepalive(15)
             if private_key:
-                transport.auth_publickey(self.settings.username, private_key)
+                transport.auth_publickey(settings.username, private_key)
             else:
-                transport.auth_password(self.settings.username, self.settings.password)
+                transport.auth_password(settings.username, settings.password)
             self._client = paramiko.SFTPClient.from_transport(transport)
             if self._client is None:
                 raise TransferError(f"{self.where}: the server offers no SFTP", transient=True)
-            channel = self._client.get_channel()
-            if channel is not None:
-                channel.settimeout(self.settings.timeout_seconds)
-        log.info("%s: logged in as %s", self.where, self.settings.username)
+            self._channel().settimeout(settings.timeout_seconds)
+        log.info("%s: logged in as %s", self.where, settings.username)
+
+    def _host_keys(self) -> HostKeys:
+        """The file of pinned keys, which has one of this server."""
+        settings = self.settings
+        host_keys = HostKeys(self.home / settings.known_hosts)
+        if not host_keys.path.exists():
+            raise ConfigError(
+                f"{host_keys.path}: cannot be read: the file does not exist",
+                f"pin the server's key: {self._trust()}",
+            )
+        if not host_keys.of(settings.host, settings.port):
+            name = HostKeys.name(settings.host, settings.port)
+            hosts = host_keys.hosts()
+            more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
+            raise TransferError(
+                f"{host_keys.path}: has no host key for {name}, only for "
+                f"{', '.join(hosts[:10])}{more}"
+                if hosts
+                else f"{host_keys.path}: has no host keys",
+                f"check {settings.host_from}{self._place()}; if it is right, pin the server's key: "
+                f"{self._trust()}",
+            )
+        return host_keys
+
+    def _trust(self) -> str:
+        """The command that fetches, shows and pins this server's key."""
+        home = [] if self.home == default_home() else ["--home", str(self.home)]
+        return command_line([*PROGRAM, *self.settings.trust, *home])
+
+    def _place(self) -> str:
+        return f" ({self.settings.where})" if self.settings.where else ""
 
     def close(self) -> None:
         """Close the connection; work that waits on it fails at once."""
@@ -1549,8 +2186,7 @@ class Sftp:
                 if len(entries) > LISTING_ENTRIES:
                     raise TransferError(
                         f"{self.where}: {directory}: has more than {LISTING_ENTRIES:,} entries",
-                        "clear out that directory, or correct the directory in "
-                        f"{self.settings.element}",
+                        f"clean up that directory, or {self._correct_directory()}",
                     )
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -1559,45 +2195,60 @@ class Sftp:
             yield from self._session().listdir_iter(directory, read_aheads=1)
         except UnicodeDecodeError:
             raise TransferError(
-                f"{subject}: a name in it is not UTF-8",
-                "ask the server's operator; no name of that kind belongs into an extract",
+                f"{subject}: it contains a name that is not UTF-8",
+                "ask the server's operator; an extract must not contain such a name",
             ) from None
 
-    def read(self, path: str, size: int, *, ahead: bool) -> Iterator[bytes]:
-        """The blocks of a file of `size` bytes; a file that goes on after them is an error.
+    def read_files(
+        self, directory: str, entries: Sequence[RemoteEntry], *, ahead: bool
+    ) -> Iterator[tuple[RemoteEntry, Iterator[bytes]]]:
+        """Files of a directory as they were listed, each with its blocks.
 
-        `ahead` asks for all of it at once: fast, but some servers choke on it.
+        A file whose size is not the listed one is an error.  Many requests are in flight `ahead`
+        of the block that is taken, in bounded memory: fast, but some servers choke on it.
         """
-        subject = f"{self.where}: {path}: cannot be downloaded"
-        with self._operation(subject):
-            file = self._session().open(path, "rb")
-            if ahead and 1 << 20 < size <= 1 << 32:  # Each request is kept in memory.
-                file.prefetch(size)
-        received = 0
+        requests = SftpRequests(self._channel(), SFTP_REQUESTS if ahead else 1, self._feed)
+        files = [SftpReads.File(f"{directory}/{entry.name}", entry.size) for entry in entries]
+        reads = SftpReads(requests, files)
         try:
-            while True:
+            for entry, file in zip(entries, files, strict=True):
+                blocks = self._blocks(reads, file)
+                yield entry, blocks
+                collections.deque(blocks, maxlen=0)  # what the caller left
+        except BaseException:  # The next exchange would meet the answers to this one.
+            requests.hang_up()
+            raise
+        with contextlib.suppress(Error), self._operation(f"{self.where}: {directory}"):
+            while requests.pending:  # All files are whole: only their closing is outstanding.
+                requests.exchange()
+
+    def _blocks(self, reads: SftpReads, file: SftpReads.File) -> Iterator[bytes]:
+        subject = f"{self.where}: {file.path}: cannot be downloaded"
+        block = b"any"
+        try:
+            while block:
                 with self._operation(subject):
-                    block = file.read(1 << 18)
-                if not block:
-                    break
-                received += len(block)
-                if received > size:
-                    break
-                yield block
-        finally:
-            with contextlib.suppress(Error), self._operation(subject):
-                file.close()
-        if received != size:
-            what = "goes on behind" if received > size else "ended before"
-            raise TransferError(
-                f"{self.where}: {path}: the file {what} the {size:,} bytes that were announced",
-                "see whether the file is still being written; the next run takes it again",
-                transient=True,
-            )
+                    block = reads.next_block(file)
+                if block:
+                    yield block
+            if file.changed:
+                raise TransferError(
+                    f"{self.where}: {file.path}: the file is {file.changed} than its listed size, "
+                    f"{plural(file.size, 'byte')}",
+                    "check whether the file is still being written; the next run downloads it "
+                    "again",
+                    transient=True,
+                )
+        except BaseException:  # at once: `read_files` may learn of it late
+            reads.requests.hang_up()
+            raise
 
     def make_directory(self, path: str) -> None:
         """Make a directory, unless it is there."""
-        with self._operation(f"{self.where}: {path}: cannot be made"):
+        self._make(path, f"{self.where}: {path}: cannot be created")
+
+    def _make(self, path: str, subject: str) -> None:
+        with self._operation(subject):
             try:
                 self._session().mkdir(path)
             except OSError:
@@ -1606,32 +2257,61 @@ class Sftp:
                     return
                 raise
 
+    def check_writable(self, directory: str, name: str) -> None:
+        """Make a directory of that name in it and remove it; a leftover is only a warning."""
+        path = f"{directory}/{name}"
+        self._make(path, f"{self.where}: {directory}: cannot be written to")
+        with self._operation(f"{self.where}: {path}: cannot be removed"):
+            try:
+                self._session().rmdir(path)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                log.warning(
+                    "%s: %s: cannot be removed: %s; ask the server's operator to remove it",
+                    self.where,
+                    path,
+                    one_line(error),
+                )
+
     def exists(self, path: str) -> bool:
-        with self._operation(f"{self.where}: {path}: cannot be looked up"):
+        with self._operation(f"{self.where}: {path}: cannot be checked"):
             try:
                 self._session().stat(path)
             except FileNotFoundError:
                 return False
             return True
 
+    def write_files(
+        self, files: Iterable[tuple[str, Iterator[bytes]]], *, ahead: bool = True
+    ) -> int:
+        """Upload files, given as path and blocks of `WRITE_BYTES` at most.
+
+        Returns the bytes sent; the server has confirmed the size of each file.
+        """
+        requests = SftpRequests(self._channel(), SFTP_REQUESTS if ahead else 1, self._feed)
+        writes = SftpWrites(requests, files)
+        total = 0
+        try:
+            while file := writes.oldest():
+                with self._operation(f"{self.where}: {file.path}: cannot be uploaded"):
+                    writes.finish(file)
+                if file.confirmed != file.sent:
+                    raise TransferError(
+                        f"{self.where}: {file.path}: the server has {file.confirmed:,} of "
+                        f"{plural(file.sent, 'byte')}",
+                        "check whether the server's disk is full",
+                        transient=True,
+                    )
+                total += file.sent
+        finally:
+            if requests.pending:
+                requests.hang_up()
+        return total
+
     def write(self, path: str, file: BinaryIO) -> int:
         """Upload an open file; returns its size, which the server has confirmed."""
-        sent = 0
-        with self._operation(f"{self.where}: {path}: cannot be uploaded"):
-            with self._session().open(path, "wb") as remote:
-                remote.set_pipelined(True)
-                while block := file.read(1 << 15):
-                    remote.write(block)
-                    self._feed()
-                    sent += len(block)
-            size = self._session().stat(path).st_size
-        if size != sent:
-            raise TransferError(
-                f"{self.where}: {path}: {size} bytes arrived of {sent}",
-                "see whether the server's disk is full",
-                transient=True,
-            )
-        return sent
+        return self.write_files([(path, iter(lambda: file.read(WRITE_BYTES), b""))])
 
     def write_whole(self, path: str, file: BinaryIO) -> int:
         """Upload under a temporary name and rename; directly where the server refuses either."""
@@ -1640,6 +2320,7 @@ class Sftp:
         except TransferError as error:
             if error.transient:
                 raise
+            self.connect()
         else:
             if self._renamed(path + PART, path):
                 return size
@@ -1668,13 +2349,16 @@ class Sftp:
 
     def mark(self, path: str) -> None:
         """Make an empty file.  It is not looked at again: the server may take it at once."""
-        with self._operation(f"{self.where}: {path}: cannot be made"):
+        with self._operation(f"{self.where}: {path}: cannot be created"):
             self._session().open(path, "wb").close()
 
     def _session(self) -> paramiko.SFTPClient:
         if self._client is None:
             raise TransferError(f"{self.where}: the connection was closed", transient=True)
         return self._client
+
+    def _channel(self) -> paramiko.Channel:
+        return cast("paramiko.Channel", self._session().get_channel())
 
     def _feed(self) -> None:
         if self._watchdog:
@@ -1700,142 +2384,36 @@ class Sftp:
     def _translated(self, subject: str, error: Exception) -> TransferError:
         import paramiko
 
-        reason = one_line(error) or type(error).__name__
-        if isinstance(error, EOFError):
-            reason = "the server closed the connection"
-        if reason.startswith("Error reading SSH protocol banner"):
-            reason = "no SSH server answers there"
+        settings, reason = self.settings, one_line(error)
+        seconds = float(settings.timeout_seconds)
+        if self._watchdog and self._watchdog.expired:
+            error = TimeoutError()
+        elif not self._client:
+            seconds = min(seconds, CONNECT_SECONDS)
         cut_off = re.search("(?i)shut down|timeout", reason)  # so paramiko calls it, too
-        expired = self._watchdog and self._watchdog.expired
-        if isinstance(error, TimeoutError) or expired or reason == "No existing session":
-            seconds = float(self.settings.timeout_seconds)
-            if not (expired or self._client):
-                seconds = min(seconds, CONNECT_SECONDS)
-            reason = f"no answer for {seconds:g} s"
         if isinstance(error, paramiko.AuthenticationException) and not cut_off:
-            remedy = f"see that the public half of {self.settings.private_key} is stored for "
-            remedy += "this user at the server"
-            if self.settings.operator == "SameGoal":
-                remedy += " (SameGoal takes up to 60 minutes for a new key)"
-            if self.settings.password:
-                remedy = "see that SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD are right"
+            key = "" if settings.password else f" with the key {settings.private_key}"
             return TransferError(
-                f"{self.where}: log-in as {self.settings.username} refused: {reason}", remedy
+                f"{self.where}: log-in as {settings.username}{key} refused: {reason}",
+                settings.login_advice,
             )
-        if isinstance(error, socket.gaierror):
-            remedy = f"see whether the host in {self.settings.host_from} is right and the name "
-            remedy += "server answers"
-            return TransferError(f"{subject}: {reason}", remedy, transient=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):
-            words = "it does not exist" if error.errno == errno.ENOENT else "permission denied"
-            remedy = f"correct the directory in {self.settings.element}, or ask for access to it"
-            return TransferError(f"{subject}: {words}", remedy)
+        code = error.errno if isinstance(error, OSError) else None
         if isinstance(error, paramiko.SFTPError) and "No such file" in reason:
-            remedy = f"correct the directory in {self.settings.element}"
-            return TransferError(f"{subject}: it does not exist", remedy)
-        remedy = "see whether the server is up and a firewall lets this machine reach it"
-        return TransferError(f"{subject}: {reason}", remedy, transient=True)
-
-    def _private_key(self) -> paramiko.PKey:
-        import paramiko
-
-        path = self.home / self.settings.private_key
-        try:
-            head = path.read_bytes()[:64]
-        except OSError as error:
-            remedy = "make a key pair: ssh-keygen -t rsa -b 4096 -f ssh/id_rsa, and store the "
-            remedy += f"public half at {self.settings.operator}"
-            if isinstance(error, PermissionError):
-                remedy = "let the account that runs sgsync own and read that file"
-            reason = f"the private key cannot be read: {error.strerror}"
-            raise ConfigError(f"{path}: {reason}", remedy) from None
-        if head.startswith(b"PuTTY-User-Key-File"):
-            raise ConfigError(
-                f"{path}: is a key in PuTTY's form",
-                "open it in PuTTYgen and save it by Conversions > Export OpenSSH key",
-            )
-        if head.startswith((b"ssh-", b"ecdsa-")):
-            raise ConfigError(
-                f"{path}: is the public half of a key",
-                "name the private half, the file without .pub",
-            )
-        encrypted = False
-        for passphrase in (None, self.settings.passphrase or None):
-            for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
-                try:
-                    return kind.from_private_key_file(str(path), passphrase)
-                except paramiko.PasswordRequiredException:
-                    encrypted = True
-                except Exception as error:  # of many kinds, by the library below paramiko
-                    log.debug("%s: %s", path, one_line(error))
-        if encrypted and self.settings.passphrase:
-            raise ConfigError(
-                f"{path}: cannot be opened: the passphrase is wrong",
-                f"correct passphrase= in {self.settings.element}",
-            )
-        if encrypted:
-            raise ConfigError(
-                f"{path}: the private key is protected by a passphrase",
-                f'add passphrase="${{env:NAME}}" to {self.settings.element} and set that variable',
-            )
-        raise ConfigError(
-            f"{path}: is no private key in OpenSSH's form",
-            "use an OpenSSH key of the type RSA, ECDSA or Ed25519",
+            code = errno.ENOENT
+        if code in (errno.ENOENT, errno.EACCES, errno.EPERM):
+            words = "it does not exist" if code == errno.ENOENT else "permission denied"
+            remedy = f"{self._correct_directory()}, or ask for access to it"
+            return TransferError(f"{subject}: {words}", remedy)
+        refused = (
+            isinstance(error, OSError) and code is None and not isinstance(error, TimeoutError)
         )
+        if refused and self._transport and self._transport.is_active():
+            remedy = "check the disk space and the permissions on the server"
+            return TransferError(f"{subject}: {reason}", remedy, transient=True)
+        return ssh_error(subject, error, seconds, settings.host_from + self._place())
 
-    def _host_name(self) -> str:
-        """As known_hosts spells it."""
-        host, port = self.settings.host, self.settings.port
-        return host if port == 22 else f"[{host}]:{port}"
-
-    def _host_keys(self) -> list[paramiko.PKey]:
-        """The pinned keys of this server, at least one."""
-        import paramiko
-        from paramiko.hostkeys import HostKeyEntry
-
-        path = self.home / self.settings.known_hosts
-        scan = f"ssh-keyscan -p {self.settings.port} {self.settings.host}"
-        remedy = f"pin the server's key: {scan} >> {path}, after comparing its fingerprint"
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}", remedy) from None
-        # PowerShell's > writes UTF-16.
-        utf_16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-        keys = []
-        for line in raw.decode("utf-16" if utf_16 else "utf-8-sig", "replace").splitlines():
-            known = paramiko.HostKeys()  # for one line: for all, it would hide a second key
-            with contextlib.suppress(Exception):  # comments and lines of no use
-                if entry := HostKeyEntry.from_line(" ".join(line.split())):
-                    for name in entry.hostnames:
-                        known.add(name, entry.key.get_name(), entry.key)
-                    if known.lookup(self._host_name()):
-                        keys.append(entry.key)
-        if not keys:
-            raise TransferError(f"{path}: holds no host key of {self._host_name()}", remedy)
-        return keys
-
-    @staticmethod
-    def _prefer_known_keys(transport: paramiko.Transport, host_keys: list[paramiko.PKey]) -> None:
-        """Ask for a host key of a type that is pinned; a server may have several."""
-        options = transport.get_security_options()
-        kinds = {key.get_name() for key in host_keys}
-
-        def pinned(name: str) -> bool:
-            return name in kinds or (name.startswith("rsa-sha2-") and "ssh-rsa" in kinds)
-
-        options.key_types = sorted(options.key_types, key=lambda name: not pinned(name))
-
-    def _check_host_key(self, key: paramiko.PKey, host_keys: list[paramiko.PKey]) -> None:
-        if any(pinned.asbytes() == key.asbytes() for pinned in host_keys):
-            return
-        known = ", ".join(f"{pinned.get_name()} {fingerprint(pinned)}" for pinned in host_keys)
-        raise TransferError(
-            f"{self.where}: the host key is {key.get_name()} {fingerprint(key)}, "
-            f"but {self.settings.known_hosts} has {known}; nothing was sent",
-            "ask the server's operator whether the key was changed; only then replace the line of "
-            f"{self._host_name()} in {self.settings.known_hosts}",
-        )
+    def _correct_directory(self) -> str:
+        return f"correct the directory in {self.settings.element}{self._place()}"
 
 
 def fingerprint(key: paramiko.PKey) -> str:
@@ -2883,8 +3461,11 @@ def download(
     sftp: Sftp, settings: SftpSettings, folder: Path, tick: Tick, cancelled: threading.Event
 ) -> Extract:
     """Fetch the newest complete extract into `folder`.  Raises TransferError."""
+    import secrets
+
     attempts = itertools.count()
     begun = ""  # the epoch of the attempt before
+    probe = f".sgsync-probe-{secrets.token_hex(4)}"  # no epoch: SameGoal ignores it
 
     def track(size: int) -> None:
         if cancelled.is_set():
@@ -2896,9 +3477,10 @@ def download(
         sftp.connect()
         if not sftp.exists(settings.upload_directory):  # Better told now than after the writing.
             raise TransferError(
-                f"{sftp.where}: {settings.upload_directory}: does not exist, nowhere to push to",
+                f"{sftp.where}: {settings.upload_directory}: upload directory does not exist",
                 "correct uploadDirectory on <SFTP>",
             )
+        sftp.check_writable(settings.upload_directory, probe)
         extract = newest_extract(sftp, settings)
         if extract.epoch != begun:  # A newer one was finished meanwhile: mix no files of two.
             with local_errors(folder):
@@ -2906,9 +3488,10 @@ def download(
                 folder.mkdir()
             begun = extract.epoch
         ahead = next(attempts) % 2 == 0  # Servers that choke on it get every other attempt.
-        for entry in extract.files:
-            path = f"{settings.download_directory}/{extract.epoch}/{entry.name}"
-            _download_file(sftp.read(path, entry.size, ahead=ahead), folder, entry, track)
+        directory = f"{settings.download_directory}/{extract.epoch}"
+        missing = [entry for entry in extract.files if not _is_whole(folder / entry.name, entry)]
+        for entry, blocks in sftp.read_files(directory, missing, ahead=ahead):
+            _download_file(blocks, folder, entry, track)
         log.info("downloaded %s of epoch %s", plural(len(extract.files), "file"), extract.epoch)
         return extract
 
@@ -2927,7 +3510,7 @@ def newest_extract(sftp: Sftp, settings: SftpSettings) -> Extract:
     epochs = [e.name for e in entries if e.is_directory and EPOCH.fullmatch(e.name)]
     if not epochs:
         raise TransferError(
-            f"{where}: holds no epoch directory (YYYYMMDD-HHMMSS)",
+            f"{where}: contains no epoch directory (YYYYMMDD-HHMMSS)",
             "correct downloadDirectory on <SFTP>, or ask SameGoal whether the export is scheduled",
         )
     for epoch in reversed(epochs):
@@ -2935,12 +3518,12 @@ def newest_extract(sftp: Sftp, settings: SftpSettings) -> Extract:
         complete = any(e.name == COMPLETE and e.is_file for e in files)
         if complete or not settings.require_complete:
             break
-        log.warning("%s/%s: passed over: it has no %s file", where, epoch, COMPLETE)
+        log.warning("%s/%s: skipped: it has no %s file", where, epoch, COMPLETE)
     else:
         raise TransferError(
             f"{where}: none of {plural(len(epochs), 'epoch')} has a {COMPLETE} file",
             'wait until the export is finished, or ask SameGoal; requireComplete="false" on '
-            "<SFTP> takes an epoch without it",
+            "<SFTP> accepts an epoch without it",
         )
     _check_names(f"{where}/{epoch}", files)
     modified = max((entry.modified for entry in files if entry.is_file), default=0.0)
@@ -2956,25 +3539,29 @@ def _check_names(where: str, entries: list[RemoteEntry]) -> None:
         if not problem and not entry.is_file and not entry.is_directory:
             problem = "is neither a file nor a directory (a link, perhaps)"
         if not problem and entry.name.lower() in seen:
-            problem = "differs from another one only in capitals"
+            problem = "differs from another name only in case"
         if problem:
             raise TransferError(
                 f"{where}: the server lists the name '{one_line(entry.name)[:200]}', which "
                 f"{problem}; nothing was downloaded",
-                "ask the server's operator; no name of that kind belongs into an extract",
+                "ask the server's operator; an extract must not contain such a name",
             )
         seen.add(entry.name.lower())
 
 
+def _is_whole(path: Path, entry: RemoteEntry) -> bool:
+    """Whether an earlier attempt of this run has brought the file."""
+    return path.is_file() and path.stat().st_size == entry.size
+
+
 def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, tick: Tick) -> None:
     target = folder / entry.name
-    if target.is_file() and target.stat().st_size == entry.size:
-        return  # An earlier attempt of this run has brought it.
     free = shutil.disk_usage(folder).free
     if entry.size > free:
         raise Error(
-            f"{target}: {entry.size:,} bytes are announced, {free:,} are free on this disk",
-            "free some space; if the size is absurd, ask the server's operator",
+            f"{target}: the server lists {plural(entry.size, 'byte')}, but only {free:,} are free "
+            "on this disk",
+            "free some disk space; if that size is absurd, ask the server's operator",
         )
     with new_file(target) as file:
         for block in blocks:
@@ -3658,17 +4245,19 @@ def push(sftp: Sftp, upload_directory: str, folder: Path, tick: Tick) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != PART)
     files.sort(key=lambda path: path.name in (SUMMARY_NAME, LOG_NAME))  # They grow to the last.
     state = {"made": False, "sent": False, "marked": False}
+    attempts = itertools.count()
 
     def attempt() -> None:
         sftp.connect()
         if not state["made"] and sftp.exists(target):
             raise TransferError(
-                f"{sftp.where}: {target}: is there already, perhaps by another installation",
-                "run again: each run has an epoch of its own; let two homes start a minute apart",
+                f"{sftp.where}: {target}: already exists, perhaps from another installation",
+                "run again: each run has its own epoch; start two homes at least a minute apart",
             )
         state["made"] = True
         if not state["sent"]:
-            _push_files(sftp, target, folder, files, tick)
+            ahead = next(attempts) % 2 == 0  # as in `download`
+            _push_files(sftp, target, folder, files, tick, ahead=ahead)
             state["sent"] = True
         # A connection that broke after the marker was asked for leaves open whether it was made.
         taken = state["marked"] and not sftp.exists(target)
@@ -3676,20 +4265,34 @@ def push(sftp: Sftp, upload_directory: str, folder: Path, tick: Tick) -> None:
             state["marked"] = True
             sftp.mark(f"{target}/{COMPLETE}")
 
-    retried(attempt)
+    try:
+        retried(attempt)
+    except Error as error:
+        error.message += (
+            "; the database changes are done, only the upload of this run is missing; the next "
+            "run continues from there"
+        )
+        raise
     log.info("pushed %s to %s", plural(len(files), "file"), target)
 
 
-def _push_files(sftp: Sftp, target: str, folder: Path, files: Sequence[Path], tick: Tick) -> None:
+def _push_files(
+    sftp: Sftp, target: str, folder: Path, files: Sequence[Path], tick: Tick, *, ahead: bool
+) -> None:
     sftp.make_directory(target)
-    directories = {parent for path in files for parent in path.relative_to(folder).parents}
+    names = {path: path.relative_to(folder) for path in files}
+    directories = {parent for name in names.values() for parent in name.parents}
     for directory in sorted(directories - {Path()}):
         sftp.make_directory(f"{target}/{directory.as_posix()}")
-    for path in files:
-        with local_errors(path):
-            file = path.open("rb")
-        with file:
-            tick(sftp.write(f"{target}/{path.relative_to(folder).as_posix()}", file))
+
+    def blocks(path: Path) -> Iterator[bytes]:
+        with local_errors(path), path.open("rb") as file:
+            while block := file.read(WRITE_BYTES):
+                tick(len(block))
+                yield block
+
+    uploads = ((f"{target}/{name.as_posix()}", blocks(path)) for path, name in names.items())
+    sftp.write_files(uploads, ahead=ahead)
 
 
 # ---------------------------------------------------------------------- history: RunSummary, runs
@@ -4019,6 +4622,12 @@ def schoolinks_credentials(
             "SCHOOLINKS_SFTP_ADDRESS is no address", "write the host, or host:port, alone"
         )
     beside = home / "known_hosts"
+    login_advice = "check SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD"
+    if settings.private_key:
+        login_advice = (
+            "check SCHOOLINKS_SFTP_USERNAME, and that SchooLinks has the public key of this "
+            "private key"
+        )
     server = SftpSettings(
         host=match[1] or match[2],
         port=int(match[3] or 22),
@@ -4030,7 +4639,9 @@ def schoolinks_credentials(
         timeout_seconds=settings.timeout_seconds,
         element="<SchooLinks>",
         host_from="SCHOOLINKS_SFTP_ADDRESS",
-        operator="SchooLinks",
+        key_advice="give the public key, the file with .pub, to SchooLinks",
+        login_advice=login_advice,
+        trust=("trust", "--job", "schoolinks"),
     )
     return OracleLogin(user, password, dsn), server
 
@@ -4510,16 +5121,12 @@ class Options:
 
         The job's account may have no shell, so on POSIX it is used through sudo.
         """
-        program = [sys.executable] if FROZEN else [sys.executable, str(SCRIPT)]
         if self.home != default_home():
             words += ("--home", str(self.home))
         if self.config != config_path(self.home):
             words += ("--config", str(self.config))
         account = ["sudo", "-u", getpass.getuser()] if os.name == "posix" and os.geteuid() else []
-        return command_line([*account, *program, *words])
-
-
-FROZEN = bool(getattr(sys, "frozen", False))
+        return command_line([*account, *PROGRAM, *words])
 
 
 def default_home() -> Path:
@@ -5190,8 +5797,6 @@ def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO
         if sys.stdout is None:
             raise ConfigError("there is no standard output", "name a file with --output")
         with local_errors(Path("standard output")):
-            import errno
-
             try:
                 yield sys.stdout.buffer
             except OSError as error:

@@ -157,7 +157,7 @@ def test_sync_verify_is_silent_when_all_converged(home: homes.Home) -> None:
     [
         ("Lee", "Lee ", "blanks at the end", 'trim="true"'),
         ("Lee", "LEE", "letter case", 'ignoreCase="true"'),
-        ("1.5", "1.50", "the form of a number", 'ignoreNumberFormat="true"'),
+        ("8765.5", "8765.50", "the form of a number", 'ignoreNumberFormat="true"'),
         ("01/31/2026", "2026-01-31", "the form of a date", 'dateFormat="%m/%d/%Y"'),
         ("NULL", "", "a word for an empty field", 'nullText="NULL"'),
     ],
