@@ -64,11 +64,10 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, TextIO, TypeVar, cast
 
@@ -97,6 +96,7 @@ BLOCK_BYTES = 1 << 18  # Read at a time; measured: larger blocks fall out of the
 CONFIG_BYTES = 10_000_000  # config.xml may not be larger.
 CONFIG_ERRORS = 100  # Nobody reads on; a file with more is no configuration.
 RECORD_BYTES = 1 << 24  # One CSV record may not be longer: memory stays bounded on any input.
+NEAR_BYTES = 1 << 10  # Looked at by row where differences are far apart.
 SORT_BYTES = 1 << 24  # Sorted in memory at a time by sort="true".
 FETCH_ROWS = 1000
 ORACLE_ROWS = 5000  # A round trip brings as many.
@@ -2869,29 +2869,32 @@ def _replace(part: Path, path: Path) -> None:
 
 # ---------------------------------------------------------------------- CSV: CsvFile, csv_writer
 #
+# Given a path; gives the header and the rows in blocks; raises DataError with file and line.
+#
 # A file is read in blocks of whole records.  Each block is checked and brought into one canonical
-# form, bytes in which \0 stands between fields, \n after rows, and \xff for a line break inside a
+# format, bytes in which \0 stands between fields, \n after rows, and \xff for a line break inside a
 # field (that byte occurs in no UTF-8, and \0 is refused).  Equal rows are then equal bytes, however
 # they were quoted, and the order of bytes is the order of the tuples of fields.
 
 CSV_LIMIT = 2**31 - 1
 csv.field_size_limit(CSV_LIMIT)
 
-_STRUCTURE = b',"\r\n'
-_NOT_STRUCTURE = bytes(set(range(256)) - set(_STRUCTURE))
-_NOT_CANONICAL = bytes(set(range(256)) - set(b"\0\n"))
-_TO_CANONICAL = bytes.maketrans(b",", b"\0")
-_REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
-_LOOSE_QUOTE = re.compile(rb'[^,\r\n"]"|"[^,\r\n"]')
-_LONE_RETURN = re.compile(rb"\r(?!\n)")
-_BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
 _BREAK = b"\xff"
 _BOM = b"\xef\xbb\xbf"
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b',"\r\n'))
+_NOT_CANONICAL = bytes(set(range(256)) - set(b"\0\n"))
+_TO_CANONICAL = bytes.maketrans(b",", b"\0")
+_FROM_CANONICAL = bytes.maketrans(b"\0" + _BREAK, b",\n")
+_REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
+# Begins with the quote itself: so the search leaps from quote to quote.
+_LOOSE_QUOTE = re.compile(rb'"(?:(?<=[^,\r\n"]")|(?=([^,\r\n"])))')
+_LONE_RETURN = re.compile(rb"\r(?!\n)")
+_BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """`rows` records in canonical form; the first begins on line `line` of its file."""
+    """`rows` records in canonical format; the first begins on line `line` of its file."""
 
     data: bytes
     line: int
@@ -2903,21 +2906,50 @@ class Block:
 
 
 def decode_row(row: bytes) -> Row:
-    """The fields of one canonical row (without its \\n)."""
+    r"""The fields of one canonical row: `b"1\0Lee"` is `("1", "Lee")`."""
     return tuple(row.replace(_BREAK, b"\n").decode("utf-8").split("\0"))
+
+
+def encode_rows(rows: Sequence[bytes]) -> bytes:
+    r"""Canonical rows as csv.writer would write them: `b"1\0Lee, A"` is `b'1,"Lee, A"\r\n'`.
+
+    Works on all rows at once, and on single ones only where a field needs quotes.
+    """
+    text = b"\r\n".join([*rows, b""])
+    marks = [mark for mark in (b",", _BREAK) if mark in text]
+    if text.count(b"\r") > len(rows):
+        marks.append(b"\r")
+    if marks or b'"' in text:
+        special = re.compile(b'["' + b"".join(marks) + b"]").search
+        text = b"\r\n".join([*(_quoted(r, marks) if special(r) else r for r in rows), b""])
+    return text.translate(_FROM_CANONICAL)
+
+
+def _quoted(row: bytes, marks: Sequence[bytes]) -> bytes:
+    """A canonical row with quotes around each field that holds a quote or one of `marks`."""
+    fields = row.split(b"\0")
+    if b'"' in row:
+        fields = [b'"%b"' % f.replace(b'"', b'""') if b'"' in f else f for f in fields]
+    for mark in marks:
+        fields = [b'"%b"' % f if mark in f and f[:1] != b'"' else f for f in fields]
+    return b"\0".join(fields)
 
 
 class CsvFile:
     """A CSV file: RFC 4180, UTF-8 with or without BOM, a header first, memory bounded.
 
-    `columns` is the header, () for a file of 0 bytes; `blocks()` gives the rows.  Raises DataError
+    `columns` is the header, () for a file of 0 bytes; `blocks()` gives the rows, once.  `trim`
+    drops blanks at the end of fields, then a field of `null_text` becomes empty.  Raises DataError
     with file and line for everything that RFC 4180 does not allow, and for rows that have more or
     fewer fields than the header.
     """
 
-    def __init__(self, path: Path, shown: str = "") -> None:
+    def __init__(
+        self, path: Path, shown: str = "", *, trim: bool = False, null_text: str | None = None
+    ) -> None:
         self.path, self.shown = path, shown or path.name
         self.columns: Row = ()
+        self._trim, self._null_text = trim, null_text
         self._line = 1  # of what `_records` gives next
         self._regular_line = b""  # The structure of a row that has been found regular.
         with local_errors(path):
@@ -2938,22 +2970,39 @@ class CsvFile:
     def close(self) -> None:
         self._file.close()
 
-    def blocks(self, trim: bool = False, null_text: str | None = None) -> Iterator[Block]:
-        """The rows; `trim` drops blanks at the end of fields, `null_text` stands for empty."""
-        text = (null_text or "").encode("utf-8", "surrogatepass").replace(b"\n", _BREAK)
+    def again(self) -> CsvFile:
+        """The same file from its beginning."""
+        return CsvFile(self.path, self.shown, trim=self._trim, null_text=self._null_text)
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows, block by block."""
+        text = (self._null_text or "").encode("utf-8", "surrogatepass").replace(b"\n", _BREAK)
         null = re.compile(rb"(?<![^\0\n])" + re.escape(text) + rb"(?=[\0\n])")
         for raw in itertools.chain([self._rest] if self._rest else (), self._records):
             block = self._canonical(raw, self._line)
             self._line += raw.count(b"\n") if _BREAK in block.data else block.rows
             data = block.data
-            if trim:
+            if self._trim:
                 data = _BLANKS_AT_END.sub(b"", data)
-            if null_text:
+            if text:
                 data = null.sub(b"", data)
             yield block if data is block.data else dataclasses.replace(block, data=data)
 
     def fail(self, line: int, what: str, remedy: str) -> NoReturn:
         raise DataError(f"{self.shown}:{line}: {what}", remedy)
+
+    def refuse_separator(self, header: str) -> None:
+        """Raise DataError if something else than commas separates the names of a header."""
+        separators = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+        found = "".join(mark for mark in separators if mark in header)
+        if found and "," not in header:
+            self.fail(
+                1,
+                f"the file is separated by {separators[found[0]]}, not commas: was it saved by "
+                "Excel?",
+                "export it again with commas (Excel uses the list separator of the Windows "
+                "regional settings)",
+            )
 
     def _read_header(self) -> bytes:
         """Settle the names of the columns; returns what follows them in the first block, raw."""
@@ -2963,15 +3012,20 @@ class CsvFile:
         first = first.removeprefix(_BOM)
         if not first:
             return b""
-        end = _record_end(first)
+        end = quotes = 0
+        while end == 0 or quotes % 2:  # The first record ends behind an even number of quotes.
+            start, end = end, first.index(b"\n", end) + 1
+            quotes += first.count(b'"', start, end)
         header = first[:end]
+        if re.search(rb'"[;\t|]"', header):  # No field may go on behind a quote.
+            self.refuse_separator(header.decode("utf-8", "replace"))
         columns = decode_row(self._canonical(header, 1).data[:-1])
         seen: set[str] = set()
         for number, name in enumerate(columns, 1):
             if not name or name in seen:
-                what = f"the column '{one_line(name)}' stands there twice"
+                what = f"the column '{one_line(name)}' appears more than once"
                 what = what if name else f"column {number} has no name"
-                self.fail(1, f"the header is wrong: {what}", "give each column a name of its own")
+                self.fail(1, f"the header is wrong: {what}", "give each column its own name")
             seen.add(name)
         self.columns = columns
         self._line += header.count(b"\n")
@@ -2984,46 +3038,58 @@ class CsvFile:
             with local_errors(self.path):
                 read = self._file.read(BLOCK_BYTES)
             raw = rest + read
-            end = _last_record_end(raw, len(rest))
+            end = self._last_record_end(raw, len(rest))
             if not read:
                 break
             if end == 0 and len(raw) > RECORD_BYTES:
                 self._fail_endless(
                     raw,
                     f"a record is longer than {RECORD_BYTES >> 20} MB",
-                    "look for a quote that is never closed, or a file that is no CSV",
+                    "look for a quote that is never closed; the file may not be CSV at all",
                 )
             if end:
                 yield raw[:end]
             rest = raw[end:]
+        cut_off = "check whether the file was cut off, and export it again"
         if rest.count(b'"') % 2:
-            self._fail_endless(
-                rest,
-                "a quoted field is never closed",
-                "see whether the file was cut off; export again",
-            )
+            self._fail_endless(rest, "a quoted field is never closed", cut_off)
         if rest.endswith(b"\r"):
-            self.fail(
-                self._line + rest.count(b"\n"),
-                "a carriage return without a line feed",
-                "see whether the file was cut off; export again",
-            )
+            line = self._line + rest.count(b"\n")
+            self.fail(line, "a carriage return without a line feed", cut_off)
         if rest:
             yield rest + b"\n"
 
+    @staticmethod
+    def _last_record_end(raw: bytes, begin: int) -> int:
+        """The offset behind the last whole record of `raw`, 0 where there is none.
+
+        `raw` starts outside quotes, so a line break behind an even number of quotes ends a record;
+        none does so before `begin`.
+        """
+        end = raw.rfind(b"\n", begin) + 1
+        odd = raw.count(b'"', 0, end) % 2 if b'"' in raw else 0  # `in` takes a tenth of `count`.
+        while odd:  # Inside a quoted field, which starts at the last quote or before.
+            quote = raw.rfind(b'"', begin, end)
+            before = raw.rfind(b"\n", begin, quote) + 1 if quote >= 0 else 0
+            if not before:
+                return 0
+            odd ^= raw.count(b'"', before, end) % 2
+            end = before
+        return end
+
     def _fail_endless(self, raw: bytes, what: str, remedy: str) -> NoReturn:
-        """`raw` is one record without end; what stands in it may be the reason."""
+        """`raw` is one record without end; something in it may be the reason."""
         self._check_nul(raw, self._line)
         begin = raw[: 1 << 20].removeprefix(_BOM)
         self._canonical_irregular(begin + b'"' * (begin.count(b'"') % 2), self._line)
         self.fail(self._line, what, remedy)
 
     def _canonical(self, raw: bytes, line: int) -> Block:
-        """One block in canonical form.
+        """One block in canonical format.
 
         Nearly every block of a real file is regular: all its rows quote the same columns and no
         field holds a comma, a quote or a line break.  One translation that leaves only those
-        characters shows it, and a second one makes the canonical form.
+        characters shows it, and a second one makes the canonical format.
         """
         width = len(self.columns)  # 0 for the header itself
         self._check_text(raw, line)
@@ -3042,7 +3108,7 @@ class CsvFile:
         if b"\0" in raw:
             self.fail(
                 line + raw.count(b"\n", 0, raw.index(b"\0")),
-                "holds a NUL character: a binary or UTF-16 file",
+                "contains a NUL character: this is a binary or UTF-16 file",
                 "export the file again as CSV in UTF-8",
             )
 
@@ -3059,19 +3125,32 @@ class CsvFile:
                 )
 
     def _is_regular(self, first: bytes, width: int, rows: int, raw: bytes) -> bool:
+        """Whether `rows` rows of the structure `first` are well-formed, in all of `raw`."""
         if first != self._regular_line:
             if not _REGULAR.fullmatch(first) or (width and first.count(b",") != width - 1):
                 return False
             self._regular_line = first
         if b'"' not in first:
-            return not _has_lone_return(raw, first)
+            return not self._has_lone_return(raw, first)
         # Two quotes a field: the one must open it and the other close it.
         quoted = first.count(b'"') // 2 * rows
         opened = raw.count(b',"') + raw.count(b'\n"') + raw.startswith(b'"')
         closed = raw.count(b'",') + raw.count(b'"\r\n' if first.endswith(b"\r\n") else b'"\n')
         if not opened == closed == quoted:
             return False
-        return first.endswith((b'"\r\n', b'"\n')) or not _has_lone_return(raw, first)
+        return first.endswith((b'"\r\n', b'"\n')) or not self._has_lone_return(raw, first)
+
+    @staticmethod
+    def _has_lone_return(raw: bytes, first: bytes) -> bool:
+        r"""Whether the last, unquoted field of a row holds the row's \r, not its end.
+
+        Costs half of raw.count(b"\r\n").
+        """
+        if not first.endswith(b"\r\n"):
+            return False
+        decoder = io.IncrementalNewlineDecoder(None, translate=False)
+        decoder.decode(raw.decode("latin-1"))
+        return decoder.newlines != "\r\n"
 
     def _canonical_irregular(self, raw: bytes, line: int) -> bytes:
         """The same for any block: split at the quotes, every other piece stands inside them."""
@@ -3080,11 +3159,11 @@ class CsvFile:
         skeleton = b'"'.join(outside)  # Each " now stands for a quoted piece.
         wrong = _LOOSE_QUOTE.search(skeleton) or _LONE_RETURN.search(skeleton)
         if wrong:
-            before = skeleton[: wrong.start() + 1]
+            before = skeleton[: wrong.start() + bool(wrong.re is _LOOSE_QUOTE and wrong[1])]
             hidden = inside[: before.count(b'"')]
             lines = before.count(b"\n") + sum(piece.count(b"\n") for piece in hidden)
-            if b'"' in wrong[0]:
-                what = "a quote stands inside a field that is not wholly quoted"
+            if wrong.re is _LOOSE_QUOTE:
+                what = "a field contains a quote but is not quoted as a whole"
                 remedy = 'quote the whole field and double each quote in it: "a ""b"" c"'
             else:
                 what, remedy = "a carriage return without a line feed", "end lines with CR LF or LF"
@@ -3107,56 +3186,41 @@ class CsvFile:
                 self.fail(
                     block.line_at(offset),
                     f"has {plural(fields, 'field')} where the header has {width}",
-                    "see whether the file was cut off, or a value with a comma is not quoted",
+                    "check whether the file was cut off or a value with a comma is not quoted",
                 )
             offset += len(row) + 1
 
 
-def _has_lone_return(raw: bytes, first: bytes) -> bool:
-    """Whether the last, unquoted field of a row holds the row's \\r, not its end.
-
-    Costs half of raw.count(b"\\r\\n").
-    """
-    if not first.endswith(b"\r\n"):
-        return False
-    decoder = io.IncrementalNewlineDecoder(None, translate=False)
-    decoder.decode(raw.decode("latin-1"))
-    return decoder.newlines != "\r\n"
-
-
-def _record_end(raw: bytes) -> int:
-    """The offset behind the first record of `raw`, which holds at least one."""
-    end = quotes = 0
-    while True:
-        start, end = end, raw.index(b"\n", end) + 1
-        quotes += raw.count(b'"', start, end)
-        if quotes % 2 == 0:
-            return end
+@contextlib.contextmanager
+def csv_writer(
+    path: Path, quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
+) -> Iterator[Callable[[Iterable[Sequence[object]]], None]]:
+    """Write a CSV file as RFC 4180 wants it; yields a function that takes rows."""
+    with new_file(path) as binary:
+        text = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        yield csv.writer(text, quoting=quoting).writerows
+        text.flush()
+        text.detach()
 
 
-def _last_record_end(raw: bytes, begin: int) -> int:
-    """The offset behind the last whole record of `raw`, 0 where there is none.
-
-    `raw` starts outside quotes, so a line break behind an even number of quotes ends a record;
-    none does so before `begin`.
-    """
-    end = raw.rfind(b"\n", begin) + 1
-    odd = raw.count(b'"', 0, end) % 2 if b'"' in raw else 0  # `in` takes a tenth of `count`.
-    while odd:  # Inside a quoted field, which starts at the last quote or before.
-        quote = raw.rfind(b'"', begin, end)
-        before = raw.rfind(b"\n", begin, quote) + 1 if quote >= 0 else 0
-        if not before:
-            return 0
-        odd ^= raw.count(b'"', before, end) % 2
-        end = before
-    return end
+# ---------------------------------------------------------------------- keys and order: Key
+#
+# Given the blocks of a CSV file and the columns of its key; gives the rows, sorted on request, in
+# windows whose order has been checked; raises DataError for two rows out of order, or of one key,
+# with both lines and both keys.
 
 
 class Key:
-    """The columns that identify a row, in sort order; those of `:int` sort as numbers."""
+    r"""The columns that identify a row, in sort order; those of `:int` sort as numbers.
+
+        key = Key(["id:int", "start"], ("id", "name", "start"), "b.csv")
+        key.of_rows(b"9\0Lee\0A\n10\0Ann\0B\n") == [(9, b"A"), (10, b"B")]
+
+    Keys compare as the tuples of their fields do: text by code point.  Raises DataError for a
+    column that the file, called `shown`, does not have.
+    """
 
     def __init__(self, spec: Sequence[str] | None, columns: Row, shown: str) -> None:
-        numeric = [name.endswith(":int") for name in spec or ()]
         self.names = tuple(name.removesuffix(":int") for name in spec) if spec else columns
         missing = [name for name in self.names if name not in columns]
         if missing:
@@ -3166,48 +3230,67 @@ class Key:
                 "correct the key, or the name of the column in the query",
             )
         self.indexes = tuple(columns.index(name) for name in self.names)
-        self._numeric = numeric or [False] * len(columns)
-        self._whole_row = self.indexes == tuple(range(len(columns)))
-        # Where the key is the first columns as text, the keys of a block can be taken at once.
-        prefix = self.indexes == tuple(range(len(self.indexes))) and not any(self._numeric)
-        self._first_columns = len(self.indexes) if prefix else 0
-        pattern = rb"(" + rb"[^\0]*\0" * len(self.indexes) + rb").*\n"
-        self._pattern = re.compile(pattern) if prefix and not self._whole_row else None
-        self._whole_row = self._whole_row and prefix
+        self._numeric = [name.endswith(":int") for name in spec or [""] * len(columns)]
+        # Text in columns side by side is one piece of the row, and compares as such.
+        first, last = self.indexes[0], max(self.indexes)
+        neighbors = tuple(range(first, first + len(self.indexes)))
+        self._is_piece = self.indexes == neighbors and not any(self._numeric)
+        self.begins_row = self._is_piece and first == 0
+        numbers = {i for i, numeric in zip(self.indexes, self._numeric, strict=True) if numeric}
+        fields = [
+            rb"-?[0-9]{1,40}" if i in numbers else rb"[^\0]*" if i < len(columns) - 1 else rb".*"
+            for i in range(last + 1)
+        ]
+        if self._is_piece:
+            fields[first:] = [rb"(" + rb"\0".join(fields[first:]) + rb")"]
+        else:
+            fields = [rb"(%b)" % f if i in self.indexes else f for i, f in enumerate(fields)]
+        rest = rb"\n" if last == len(columns) - 1 else rb"\0.*\n"
+        self._row = re.compile(rb"^" + rb"\0".join(fields) + rest, re.MULTILINE)
 
-    def of(self, row: bytes) -> tuple[bytes | int, ...]:
-        """What a row is compared by; raises ValueError where a number is none."""
-        if self._first_columns and _BREAK not in row:
-            return tuple(row.split(b"\0", self._first_columns)[: self._first_columns])
-        fields = row.split(b"\0")
-        return tuple(
-            _whole_number(fields[index]) if numeric else fields[index].replace(_BREAK, b"\n")
-            for index, numeric in zip(self.indexes, self._numeric, strict=True)
-        )
+    def of_rows(self, data: bytes, start: int = 0, end: int = CSV_LIMIT) -> list[Any]:
+        """The keys of the canonical rows in `data[start:end]`; ValueError where one is no number.
 
-    def of_block(self, data: bytes) -> Sequence[Any]:
-        """The keys of a block's rows, comparable with each other."""
-        rows = data[:-1].split(b"\n") if self._pattern is None or _BREAK in data else []
-        if _BREAK not in data:
-            if self._pattern:
-                return self._pattern.findall(data)
-            if self._whole_row:
-                return rows
-        return [self.of(row) for row in rows]
+        A key is bytes, a number, or a tuple of both: whatever is fastest for these columns.
+        """
+        found: list[Any] = self._row.findall(data, start, end)
+        has_breaks = data.find(_BREAK, start, end) >= 0
+        if self._is_piece:
+            return [key.replace(_BREAK, b"\n") for key in found] if has_breaks else found
+        if len(found) < data.count(b"\n", start, end):
+            raise ValueError("a key is not a whole number")
+        in_file = sorted(self.indexes)
+        columns: list[Any] = list(zip(*found, strict=True)) if len(in_file) > 1 else [found]
+        parts: list[Iterable[Any]] = []
+        for index, numeric in zip(self.indexes, self._numeric, strict=True):
+            column = columns[in_file.index(index)] if found else ()
+            if numeric:
+                column = map(int, column)
+            elif has_breaks:
+                column = [field.replace(_BREAK, b"\n") for field in column]
+            parts.append(column)
+        return list(zip(*parts, strict=True)) if len(parts) > 1 else list(parts[0])
 
-    def sort_forms(self, data: bytes) -> list[bytes]:
-        """The keys of a block's rows as bytes that sort as they do, \\0 after each column."""
-        if self._pattern and _BREAK not in data and b"\x0b" not in data:
-            return self._pattern.findall(data)
-        forms = []
-        for row in data[:-1].split(b"\n"):
-            fields = row.split(b"\0")
-            parts = [
-                _number_sort_form(fields[index]) if numeric else _text_sort_form(fields[index])
-                for index, numeric in zip(self.indexes, self._numeric, strict=True)
-            ]
-            forms.append(b"\0".join(parts) + b"\0")
-        return forms
+    def of(self, row: bytes) -> Any:
+        """The key of one canonical row."""
+        return self.of_rows(row + b"\n")[0]
+
+    def of_block(self, block: Block, file: CsvFile, start: int, end: int) -> list[Any]:
+        """`of_rows`; raises DataError with the line of a row whose key is not a number."""
+        try:
+            return self.of_rows(block.data, start, end)
+        except ValueError:
+            for row in block.data[start : end - 1].split(b"\n"):
+                with contextlib.suppress(ValueError):
+                    self.of(row)
+                    start += len(row) + 1
+                    continue
+                file.fail(
+                    block.line_at(start),
+                    f"the key {self.show(decode_row(row))} is not a whole number (:int)",
+                    "correct the value, or drop :int from the key",
+                )
+            raise
 
     def show(self, row: Row) -> str:
         """A row's key for a message: `studentNumber=1001, startDate=2026-01-15`."""
@@ -3217,232 +3300,211 @@ class Key:
         )
 
 
-def _whole_number(field: bytes) -> int:
-    if not re.fullmatch(rb"-?[0-9]{1,40}", field):
-        raise ValueError
-    return int(field)
+class OrderedRows:
+    """The rows of one side, in a window of bytes, found to ascend strictly as they are passed.
 
-
-def _number_sort_form(field: bytes) -> bytes:
-    number = _whole_number(field)
-    return b"1%040d" % number if number >= 0 else b"0%040d" % (number + 10**40)
-
-
-def _text_sort_form(field: bytes) -> bytes:
-    """A line break sorts between \\t and \\x0b."""
-    return field.replace(b"\x0b", b"\x0b\x02").replace(_BREAK, b"\x0b\x01")
-
-
-class SortedRows:
-    """The rows of a CSV file one after another, in a window of bytes, their order checked.
-
-    With `check_blocks` the order is checked as a block is read; else as rows are taken.
+    The window begins with the last row of the block before, so that each row has its neighbor.
     """
 
-    def __init__(
-        self, csv_file: CsvFile, blocks: Iterator[Block], key: Key, *, check_blocks: bool
-    ) -> None:
+    def __init__(self, csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> None:
         self.csv_file, self.key = csv_file, key
         self.data, self.position = b"", 0
         self.rows = 0  # read so far
-        self._blocks, self._check_blocks = blocks, check_blocks
-        self._block = self._last_block = Block(b"", 0, 0)
-        self._last: bytes | None = None  # The row before `position`, in `_last_block` at `_start`.
-        self._start = 0
+        self._blocks = blocks
+        self._window = Block(b"", 0, 0)
 
     def fill(self) -> bool:
-        """Make sure that a row stands at `position`; False at the end of the file."""
+        """Make sure that a row begins at `position`; False at the end of the file."""
         if self.position < len(self.data):
             return True
         block = next(self._blocks, None)
         if block is None:
             return False
-        self._remember_last()
-        self._block, self.data, self.position = block, block.data, 0
+        last = self.data[self.data.rfind(b"\n", 0, -1) + 1 :]
+        line = block.line - last.count(b"\n") - last.count(_BREAK)
+        self.data, self.position = last + block.data, len(last)
+        self._window = Block(self.data, line, block.rows)
         self.rows += block.rows
-        if self._check_blocks:
-            self._check_block()
         return True
 
-    def peek(self) -> bytes:
-        return self.data[self.position : self.data.index(b"\n", self.position)]
+    def check(self, end: int) -> list[Any]:
+        """The keys of the rows from `position` to `end`, each greater than the one before it."""
+        start = self.data.rfind(b"\n", 0, max(self.position - 1, 0)) + 1
+        keys = self.key.of_block(self._window, self.csv_file, start, end)
+        if not all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
+            self._refuse(start, keys)
+        return keys[1:] if start < self.position else keys
 
-    def take(self, row: bytes) -> None:
-        """Go behind the row that `peek` gave."""
-        if not self._check_blocks:
-            self._check_next(row)
-        self.position += len(row) + 1
+    def ahead(self, size: int) -> tuple[list[bytes], list[Any]]:
+        """The next rows, those that begin within `size` bytes, and their keys, checked."""
+        last = min(self.position + size, len(self.data)) - 1
+        end = self.data.index(b"\n", last) + 1
+        keys = self.check(end)
+        return self.data[self.position : end - 1].split(b"\n"), keys
 
-    def skip(self, end: int) -> None:
-        """Go to `end`, behind whole rows that equal those of the other file.
+    def take(self, rows: Sequence[bytes]) -> None:
+        """Go past the first of the rows that `ahead` gave."""
+        self.position += sum(map(len, rows)) + len(rows)
 
-        Their order needs no check: they ascend as the source's do, and the row before them equalled
-        a row of the source that comes before theirs, or was found to be less than one that does.
-        """
-        self.position = end
-
-    def key_of(self, row: bytes) -> tuple[bytes | int, ...]:
-        """The key of the row that `peek` gave."""
-        try:
-            return self.key.of(row)
-        except ValueError:
-            line = self._block.line_at(self.position)
-            raise not_a_number(self.csv_file, self.key, row, line) from None
-
-    def _remember_last(self) -> None:
-        if self.position:
-            self._last_block = self._block
-            self._start = self.data.rfind(b"\n", 0, self.position - 1) + 1
-            self._last = self.data[self._start : self.position - 1]
-
-    def _check_next(self, row: bytes) -> None:
-        """The row at `position` against the one before it."""
-        self._remember_last()
-        key = self.key_of(row)
-        if self._last is not None and not self.key.of(self._last) < key:
-            line = self._last_block.line_at(self._start)
-            self._refuse(self._last, line, row, self._block.line_at(self.position))
-
-    def _check_block(self) -> None:
-        self._check_next(self.peek())
-        try:
-            keys = self.key.of_block(self.data)
-        except ValueError:
-            refuse_number(self.csv_file, self.key, self._block)
-        if all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
-            return
-        rows = self.data[:-1].split(b"\n")
-        index = next(i for i in range(1, len(rows)) if not keys[i - 1] < keys[i])
-        before, row = rows[index - 1 : index + 1]
-        offset = sum(len(row) + 1 for row in rows[: index - 1])
-        line = self._block.line_at(offset)
-        self._refuse(before, line, row, self._block.line_at(offset + len(before) + 1))
-
-    def _refuse(self, before: bytes, line_before: int, row: bytes, line: int) -> NoReturn:
-        if self.key.of(before) == self.key.of(row):
-            raise duplicate_key(self.csv_file, self.key, row, line_before, line)
-        raise DataError(
-            f"{self.csv_file.shown}:{line}: not sorted: line {line_before} has the key "
-            f"{self.key.show(decode_row(before))}, line {line} has "
-            f"{self.key.show(decode_row(row))}",
+    def _refuse(self, start: int, keys: Sequence[Any]) -> NoReturn:
+        """Name the first two rows from `start` on that do not ascend."""
+        index = next(i for i in range(1, len(keys)) if not keys[i - 1] < keys[i])
+        rows = self.data[start:].split(b"\n", index + 1)
+        before, row = (decode_row(row) for row in rows[index - 1 : index + 1])
+        offset = start + sum(map(len, rows[: index - 1])) + index - 1
+        lines = [self._window.line_at(at) for at in (offset, offset + len(rows[index - 1]) + 1)]
+        if keys[index - 1] == keys[index]:
+            if self._window.line < 1:  # They were sorted: their lines are forgotten.
+                lines = self._lines_of(keys[index])
+            self._refuse_duplicate(row, lines)
+        self.csv_file.fail(
+            lines[1],
+            f"not sorted: line {lines[0]} has the key {self.key.show(before)}, line {lines[1]} has "
+            f"{self.key.show(row)}",
             "sort by the key, compared as code points (on SQL Server: ORDER BY ... COLLATE "
             'Latin1_General_BIN2), or set sort="true" (for diff: --sort)',
         )
 
+    def _refuse_duplicate(self, row: Row, lines: Sequence[int]) -> NoReturn:
+        place, which = "", "two rows"
+        if lines:
+            place, which = f":{lines[1]}", f"lines {lines[0]} and {lines[1]}"
+        raise DataError(
+            f"{self.csv_file.shown}{place}: {which} have the same key {self.key.show(row)}",
+            "add the column that tells them apart to the key, or return only one row per key",
+        )
 
-def sorted_blocks(csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> Iterator[Block]:
-    """The same rows in the order of their keys, in bounded memory; a key twice is an error.
+    def _lines_of(self, key: object) -> list[int]:
+        """The lines of the first two rows that have `key`; [] if the file cannot be read again."""
+        if not self.csv_file.path.is_file():
+            return []
+        lines = []
+        with self.csv_file.again() as file:
+            for block in file.blocks():
+                keys = self.key.of_rows(block.data)
+                rows = block.data.split(b"\n") if key in keys else []
+                offset = 0
+                for found, row in zip(keys, rows, strict=False):
+                    if found == key:
+                        lines.append(block.line_at(offset))
+                    offset += len(row) + 1
+        return lines[:2]
 
-    Sorted runs go to temporary files and are merged.  A line of a run is a row behind its key, in
-    a form whose bytes sort as the key does, and its line in the file.
+
+class Sorter:
+    r"""Sorts the rows of a CSV file by key, in memory that is bounded whatever their number.
+
+    As many rows as fit into SORT_BYTES are sorted at a time; such runs wait in one temporary file
+    and are merged piece by piece.  What is sorted are lines of Latin-1 text, which Python compares
+    fastest: the row itself where its bytes sort as its key does, else behind its key.  A line break
+    in a field is \x0b\x01 there, so that it sorts between \t and \x0b (which is \x0b\x02).
     """
-    import heapq
 
-    with contextlib.ExitStack() as stack:
-        runs = [
-            stack.enter_context(_sorted_run(csv_file.path, lines))
-            for lines in _sortable_lines(csv_file, blocks, key)
-        ]
-        data, rows = bytearray(), 0
-        key_before: list[bytes] = []
-        line_before = b""
-        for sortable in heapq.merge(*runs):
-            *key_now, line, row = sortable.split(b"\0", len(key.indexes) + 1)
-            if key_now == key_before:
-                raise duplicate_key(csv_file, key, row[:-1], int(line_before), int(line))
-            key_before, line_before = key_now, line
-            data += row
-            rows += 1
-            if len(data) >= BLOCK_BYTES:
-                yield Block(bytes(data), 0, rows)
-                data, rows = bytearray(), 0
-        if data:
-            yield Block(bytes(data), 0, rows)
+    def __init__(self, csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> None:
+        self._csv_file, self._blocks, self._key = csv_file, blocks, key
+        self._runs: list[list[int]] = []  # offset and end of what is left of each, in the file
 
+    def blocks(self) -> Generator[Block, None, None]:
+        """The rows in the order of their keys; equal keys stand side by side; lines are 0."""
+        with contextlib.ExitStack() as stack:
+            run: list[str] = []
+            size = 0
+            file: IO[bytes] | None = None
+            for block in self._blocks:
+                run += self._lines(block)
+                size += len(block.data) + 58 * block.rows  # what Python adds to a text in a list
+                if size >= SORT_BYTES:
+                    file = file or stack.enter_context(self._temporary_file())
+                    self._store(run, file)
+                    run, size = [], 0
+            if file:
+                self._store(run, file)
+                run = []
+            run.sort()
+            for lines in self._merged(file) if file else batched(run, FETCH_ROWS):
+                yield self._block(lines)
 
-def _sortable_lines(csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> Iterator[list[bytes]]:
-    """Lines for a run, as many as may be sorted in memory at a time."""
-    lines: list[bytes] = []
-    size = 0
-    for block in blocks:
-        try:
-            forms = key.sort_forms(block.data)
-        except ValueError:
-            refuse_number(csv_file, key, block)
-        number = block.line
-        for form, row in zip(forms, block.data[:-1].split(b"\n"), strict=True):
-            lines.append(b"%b%012d\0%b\n" % (form, number, row))
-            size += len(lines[-1]) + 48  # what Python adds to a line in a list
-            number += 1 + row.count(_BREAK)
-        if size >= SORT_BYTES:
+    def _lines(self, block: Block) -> list[str]:
+        lines = self._escaped(block.data).split("\n")
+        del lines[-1]
+        if self._key.begins_row:
+            return lines
+        keys = self._key.of_block(block, self._csv_file, 0, len(block.data))
+        single = len(self._key.indexes) == 1 or isinstance(keys[0], bytes)
+        forms = map(self._form, keys) if single else ("\0".join(map(self._form, k)) for k in keys)
+        return list(map("%s\0%s".__mod__, zip(forms, lines, strict=True)))
+
+    @staticmethod
+    def _escaped(data: bytes) -> str:
+        return data.replace(b"\x0b", b"\x0b\x02").replace(_BREAK, b"\x0b\x01").decode("latin-1")
+
+    def _form(self, part: bytes | int) -> str:
+        """Text that sorts as `part`: a number begins with its sign and how many digits it has."""
+        if isinstance(part, bytes):
+            return self._escaped(part.replace(b"\n", _BREAK))
+        digits = len(str(abs(part)))
+        if part >= 0:
+            return f"{chr(64 + digits)}{part}"
+        return f"{chr(64 - digits)}{10**digits + part:0{digits}}"
+
+    def _block(self, lines: Sequence[str]) -> Block:
+        columns = 0 if self._key.begins_row else len(self._key.indexes)
+        if columns:
+            lines = [line.split("\0", columns)[columns] for line in lines]
+        data = "\n".join([*lines, ""]).encode("latin-1")
+        if b"\x0b" in data:
+            data = data.replace(b"\x0b\x01", _BREAK).replace(b"\x0b\x02", b"\x0b")
+        return Block(data, 0, len(lines))
+
+    def _temporary_file(self) -> IO[bytes]:
+        """A nameless file beside the CSV file, or where such files belong."""
+        import tempfile
+
+        folder = self._csv_file.path.parent
+        with local_errors(folder):
+            return tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None)
+
+    def _store(self, run: list[str], file: IO[bytes]) -> None:
+        run.sort()
+        with local_errors(self._csv_file.path):
+            begin = file.tell()
+            for lines in batched(run, FETCH_ROWS):
+                file.write("\n".join([*lines, ""]).encode("latin-1"))
+            self._runs.append([begin, file.tell()])
+
+    def _merged(self, file: IO[bytes]) -> Iterator[list[str]]:
+        """The lines of all runs in order: in each round those up to where one piece ends."""
+        size = min(SORT_BYTES // (4 * len(self._runs)), BLOCK_BYTES)
+        pieces: list[list[str]] = [[] for _ in self._runs]
+        while True:
+            for index, run in enumerate(self._runs):
+                if not pieces[index] and run[0] < run[1]:
+                    pieces[index] = self._piece(run, file, size)
+            pieces_left = [piece for piece in pieces if piece]
+            if not pieces_left:
+                return
+            horizon = min(piece[-1] for piece in pieces_left)
+            lines: list[str] = []
+            for piece in pieces_left:
+                if piece[0] <= horizon:
+                    count = bisect.bisect_right(piece, horizon)
+                    lines += piece[:count]
+                    del piece[:count]
+            lines.sort()  # It finds the stretches that ascend already, and merges them.
             yield lines
-            lines, size = [], 0
-    if lines:
-        yield lines
 
-
-@contextlib.contextmanager
-def _sorted_run(path: Path, lines: list[bytes]) -> Iterator[IO[bytes]]:
-    """Sort `lines` into a temporary file beside `path`, or where such files belong."""
-    import tempfile
-
-    lines.sort()
-    place = path.parent if os.access(path.parent, os.W_OK) else None
-    with contextlib.ExitStack() as stack:
-        with local_errors(path):
-            run = stack.enter_context(tempfile.TemporaryFile(dir=place))
-            run.writelines(lines)
-            run.seek(0)
-        lines.clear()
-        yield run
-
-
-def refuse_number(csv_file: CsvFile, key: Key, block: Block) -> NoReturn:
-    """Name the first row of a block whose key is no number."""
-    offset = 0
-    for row in block.data[:-1].split(b"\n"):
-        try:
-            key.of(row)
-        except ValueError:
-            line = block.line_at(offset)
-            raise not_a_number(csv_file, key, row, line) from None
-        offset += len(row) + 1
-    raise AssertionError("every key is a number")
-
-
-def not_a_number(csv_file: CsvFile, key: Key, row: bytes, line: int) -> DataError:
-    return DataError(
-        f"{csv_file.shown}:{line}: the key {key.show(decode_row(row))} is not a whole number "
-        "(:int)",
-        "correct the value, or drop :int from the key",
-    )
-
-
-def duplicate_key(
-    csv_file: CsvFile, key: Key, row: bytes, line_before: int, line: int
-) -> DataError:
-    return DataError(
-        f"{csv_file.shown}:{line}: lines {line_before} and {line} have the same key "
-        f"{key.show(decode_row(row))}",
-        "add the column that tells them apart to the key, or let the source give each key one row",
-    )
-
-
-@contextlib.contextmanager
-def csv_writer(
-    path: Path, quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
-) -> Iterator[Callable[[Iterable[Sequence[object]]], None]]:
-    """Write a CSV file as RFC 4180 wants it; yields a function that takes rows."""
-    with new_file(path) as binary:
-        text = csv_text(binary)
-        yield csv.writer(text, quoting=quoting).writerows
-        text.flush()
-        text.detach()
-
-
-def csv_text(binary: BinaryIO) -> io.TextIOWrapper:
-    """The text layer under a csv.writer, which itself writes the CR LF of RFC 4180."""
-    return io.TextIOWrapper(binary, encoding="utf-8", newline="")
+    def _piece(self, run: list[int], file: IO[bytes], size: int) -> list[str]:
+        """The next whole lines of a run, about `size` bytes; the run then begins behind them."""
+        while True:
+            size = min(max(size, 1), run[1] - run[0])
+            with local_errors(self._csv_file.path):
+                file.seek(run[0])
+                data = file.read(size)
+            end = data.rfind(b"\n") + 1
+            if end:
+                run[0] += end
+                return data[: end - 1].decode("latin-1").split("\n")
+            size *= 2
 
 
 # ---------------------------------------------------------------------- stage: download
@@ -3628,13 +3690,41 @@ def to_text(value: object, date_format: str | None = None) -> str:
     return str(value)
 
 
-# ---------------------------------------------------------------------- stage: diff
-
+# ---------------------------------------------------------------------- diff file: read_changes
+#
+# The diff file has one line for each change: `operation`, every column before, every column after.
 
 INSERT, UPDATE, DELETE = "insert", "update", "delete"
 OPERATIONS = (DELETE, UPDATE, INSERT)  # In this order they are applied: a key may be freed first.
 
-Change = tuple[str, bytes, bytes]  # operation, canonical row before, canonical row after
+Change = tuple[Any, "bytes | None", "bytes | None"]  # key, canonical row before, and after
+
+
+def write_changes(file: BinaryIO, changes: Sequence[Change], width: int) -> None:
+    r"""Append changes between rows of `width` columns to a diff file.
+
+    `(key, None, b"1\0x")` becomes `insert,,,1,x`, and `(key, b"1\0y", b"1\0x")` becomes
+    `update,1,y,1,x`.
+    """
+    nothing = b"\0" * (width - 1)
+    insert, delete = b"insert\0" + nothing + b"\0%b", b"delete\0%b\0" + nothing
+    rows = [
+        insert % after if before is None
+        else delete % before if after is None
+        else b"update\0%b\0%b" % (before, after)
+        for _, before, after in changes
+    ]  # fmt: skip
+    file.write(encode_rows(rows))
+
+
+def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
+    """The rows before and after of each change of `operation` in a diff file."""
+    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
+        records = csv.reader(file)
+        end = 1 + len(next(records)) // 2
+        for record in records:
+            if record[0] == operation:
+                yield tuple(record[1:end]), tuple(record[end:])
 
 
 @dataclasses.dataclass
@@ -3654,6 +3744,14 @@ class Comparison:
     delete: int = 0
     format_differences: list[str] = dataclasses.field(default_factory=list)
     changes: Path = Path("-")  # standard output, unless `compare` made it
+
+    def add(self, changes: Sequence[Change]) -> None:
+        """Count changes."""
+        inserts = sum(before is None for _, before, _ in changes)
+        deletes = sum(after is None for _, _, after in changes)
+        self.insert += inserts
+        self.delete += deletes
+        self.update += len(changes) - inserts - deletes
 
     def count(self, operation: str) -> int:
         return int(getattr(self, operation))
@@ -3681,6 +3779,12 @@ class Comparison:
         return f"{self.insert:,} to insert, {self.update:,} to update, {self.delete:,} to delete"
 
 
+# ---------------------------------------------------------------------- stage: diff
+#
+# Given two sorted CSV files; gives the diff file and its counts; raises DataError where the files
+# cannot be compared, before anything but the diff file is written.
+
+
 def compare(source: Path, target: Path, changes: Path, sql_diff: SqlDiff) -> Comparison:
     """`diff` into the file `changes`, where a source of 0 bytes is one without rows."""
     with new_file(changes) as out:
@@ -3706,37 +3810,36 @@ def diff(
     `may_be_empty` a source of 0 bytes is one without rows.
     """
     shown = shown or [f"{path.parent.name}/{path.name}" for path in (source, target)]
-    with CsvFile(source, shown[0]) as ours, CsvFile(target, shown[1]) as theirs:
-        if theirs.columns and not ours.columns and may_be_empty:
-            columns = theirs.columns
-        else:
-            check_columns(ours, theirs)
-            columns = ours.columns
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(
+                CsvFile(path, name, trim=sql_diff.trim, null_text=sql_diff.null_text)
+            )
+            for path, name in zip((source, target), shown, strict=True)
+        ]
+        columns = files[1].columns
+        if files[0].columns or not columns or not may_be_empty:
+            check_columns(*files)
         key = Key(sql_diff.key, columns, shown[1])
         sides = []
-        for file in (ours, theirs):
-            blocks = file.blocks(sql_diff.trim, sql_diff.null_text)
+        for file in files:
+            blocks = file.blocks()
             if sql_diff.sort:
-                blocks = sorted_blocks(file, blocks, key)
-            sides.append(SortedRows(file, blocks, key, check_blocks=file is ours))
-        comparison, forms = Comparison(sql_diff, columns, key), FormDifferences(sql_diff, key)
-        text = csv_text(changes)
-        try:
-            write = csv.writer(text).writerow
-            names = (f"{side}_{name}" for side in ("before", "after") for name in columns)
-            write(["operation", *names])
-            nothing = ("",) * len(columns)
-            for operation, before, after in merge(*sides):
-                row_before = decode_row(before) if before else nothing
-                row_after = decode_row(after) if after else nothing
-                if operation == UPDATE and forms.ignored(row_before, row_after):
-                    continue
-                setattr(comparison, operation, comparison.count(operation) + 1)
-                write([operation, *row_before, *row_after])
-        finally:
-            text.detach()  # else it would close `changes`, which may be standard output
-        comparison.format_differences = forms.sentences(columns)
-        comparison.source_rows, comparison.target_rows = sides[0].rows, sides[1].rows
+                in_order = Sorter(file, blocks, key).blocks()
+                blocks = stack.enter_context(contextlib.closing(in_order))
+            sides.append(OrderedRows(file, blocks, key))
+        comparison = Comparison(sql_diff, columns, key)
+        formats = FormatDifferences(sql_diff, key, columns)
+        names = (f"{side}_{name}" for side in ("before", "after") for name in columns)
+        header = "\0".join(["operation", *names]).encode("utf-8").replace(b"\n", _BREAK)
+        changes.write(encode_rows([header]))
+        for found in merge(*sides):
+            left = formats.not_ignored(found)
+            formats.look_at(left)
+            comparison.add(left)
+            write_changes(changes, left, len(columns))
+    comparison.format_differences = formats.sentences()
+    comparison.source_rows, comparison.target_rows = sides[0].rows, sides[1].rows
     return comparison
 
 
@@ -3855,76 +3958,109 @@ def _settled_by(kind: str, before: str, after: str) -> str:
     return f"{attribute_text} on this <SQLDiff> would settle it"
 
 
-def check_columns(source: CsvFile, database: CsvFile) -> None:
+def check_columns(source: CsvFile, target: CsvFile) -> None:
     """Both sides must have the same columns in the same order."""
-    for file in (source, database):
+    for file in (source, target):
         if not file.columns:
-            raise DataError(f"{file.shown}: is empty, it has not even a header", "export it again")
-    ours, theirs = source.columns, database.columns
+            raise DataError(f"{file.shown}: is empty: it has no header line", "export it again")
+    ours, theirs = source.columns, target.columns
     if ours == theirs:
         return
+    for file in (source, target):
+        if len(file.columns) == 1:
+            file.refuse_separator(file.columns[0])
     missing = [name for name in theirs if name not in ours]
     extra = [name for name in ours if name not in theirs]
     if not set(ours) & set(theirs):  # Then the names may be a row of data.
-        what = f"has none of {', '.join(map(one_line, theirs))}; perhaps its header is missing"
+        what = f"none of {', '.join(map(one_line, theirs))}; its header may be missing"
     elif missing or extra:
         what = "; ".join(
-            f"{words} {', '.join(map(one_line, names))}"
-            for words, names in (("lacks", missing), ("has besides", extra))
+            f"{word} {', '.join(map(one_line, names))}"
+            for word, names in (("missing", missing), ("unexpected", extra))
             if names
         )
     else:
         moved = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
         what = (
-            f"has them in another order: column {moved + 1} is {one_line(ours[moved])}, not "
+            f"another order: column {moved + 1} is {one_line(ours[moved])}, not "
             f"{one_line(theirs[moved])}"
         )
-    raise DataError(
-        f"{source.shown}:1: the columns differ from those of {database.shown}: it {what}",
-        "let the SELECT give the columns that SameGoal's file has, in its order, or ask SameGoal "
-        "whether the form was changed",
+    source.fail(
+        1,
+        f"the columns differ from those of {target.shown}: {what}",
+        "make the query return the columns of SameGoal's file in the same order, or ask SameGoal "
+        "whether the file has changed",
     )
 
 
-def merge(source: SortedRows, database: SortedRows) -> Iterator[Change]:
-    """The changes that make `database` equal to `source`, in the order of their keys.
+def merge(source: OrderedRows, target: OrderedRows) -> Iterator[list[Change]]:
+    """The changes that make `target` equal to `source`, in the order of their keys, in lists.
 
-        source     database     change
-        1,a        1,a          -
-        2,b        2,x          update  2,x  2,b
-        3,c                     insert       3,c
-                   4,d          delete  4,d
+        source     target     change: key, before, after
+        1,a        1,a
+        2,b        2,x        (2, "2,x", "2,b")      update
+        3,c                   (3, None, "3,c")       insert
+                   4,d        (4, "4,d", None)       delete
 
-    Stretches of equal rows are equal bytes: they are found by comparing memory and passed over
-    without looking at a single row.  So the order of the database's rows needs checking only where
-    they differ from the source's, whose order is checked block by block.
+    Stretches of equal rows are equal bytes: they are found by comparing memory and passed without
+    looking at a single row.  Where stretches are short, rows are compared by the block; where they
+    are long, a few at a time.
+
+    The order of the target's rows needs no check inside an equal stretch: they ascend as the
+    source's do, and the row before them was found to be less than the source's first of them.
     """
-    while source.fill() and database.fill():
-        same = common_prefix(source.data, source.position, database.data, database.position)
+    size = NEAR_BYTES
+    passed = 0  # since the last difference
+    while source.fill() and target.fill():
+        same = common_prefix(source.data, source.position, target.data, target.position)
         end = source.data.rfind(b"\n", source.position, source.position + same) + 1
         if end:
-            length = end - source.position
-            source.skip(end)
-            database.skip(database.position + length)
+            source.check(end)
+            passed += end - source.position
+            target.position += end - source.position
+            source.position = end
             continue
-        ours, theirs = source.peek(), database.peek()
-        our_key, their_key = source.key_of(ours), database.key_of(theirs)
-        if our_key < their_key:
-            source.take(ours)
-            yield INSERT, b"", ours
-        elif our_key > their_key:
-            database.take(theirs)
-            yield DELETE, theirs, b""
-        else:
-            source.take(ours)
-            database.take(theirs)
-            yield UPDATE, theirs, ours
+        size = min(4 * size, BLOCK_BYTES) if passed < 4 * NEAR_BYTES else NEAR_BYTES
+        passed = 0
+        (ours, our_keys), (theirs, their_keys) = source.ahead(size), target.ahead(size)
+        # What comes behind the last key of one side may have its other half there.
+        if our_keys[-1] < their_keys[-1]:
+            del theirs[(count := bisect.bisect_right(their_keys, our_keys[-1])) :]
+            del their_keys[count:]
+        elif our_keys[-1] > their_keys[-1]:
+            del ours[(count := bisect.bisect_right(our_keys, their_keys[-1])) :]
+            del our_keys[count:]
+        yield _changes(ours, our_keys, theirs, their_keys)
+        source.take(ours)
+        target.take(theirs)
     while source.fill():
-        source.take(ours := source.peek())
-        yield INSERT, b"", ours
-    while database.fill():
-        database.take(theirs := database.peek())
-        yield DELETE, theirs, b""
+        rows, keys = source.ahead(BLOCK_BYTES)
+        yield [(key, None, row) for key, row in zip(keys, rows, strict=True)]
+        source.take(rows)
+    while target.fill():
+        rows, keys = target.ahead(BLOCK_BYTES)
+        yield [(key, row, None) for key, row in zip(keys, rows, strict=True)]
+        target.take(rows)
+
+
+def _changes(
+    ours: list[bytes], our_keys: list[Any], theirs: list[bytes], their_keys: list[Any]
+) -> list[Change]:
+    """The changes between rows of which each side has all that lie between the same two keys."""
+    if our_keys == their_keys:
+        differs = map(operator.ne, theirs, ours)
+        return list(itertools.compress(zip(our_keys, theirs, ours, strict=True), differs))
+    before_of = dict(zip(their_keys, theirs, strict=True))
+    befores = list(map(before_of.get, our_keys))
+    differs = map(operator.ne, befores, ours)
+    changes: list[Change] = list(
+        itertools.compress(zip(our_keys, befores, ours, strict=True), differs)
+    )
+    gone = before_of.keys() - set(our_keys)
+    if gone:
+        changes += [(key, before_of[key], None) for key in their_keys if key in gone]
+        changes.sort(key=operator.itemgetter(0))
+    return changes
 
 
 def common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
@@ -3946,14 +4082,197 @@ def common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
     return same
 
 
-def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
-    """The rows before and after of each change of `operation` in a diff file."""
-    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
-        records = csv.reader(file)
-        end = 1 + len(next(records)) // 2
-        for record in records:
-            if record[0] == operation:
-                yield tuple(record[1:end]), tuple(record[end:])
+# ---------------------------------------------------------------------- differences of format
+#
+# Given the changes of a comparison; gives those that no attribute such as `ignoreCase` ignores, and
+# sentences about values that are equal but written differently.
+
+
+class FormatDifferences:
+    """Updates in which no value differs, only how it is written: `1.50` and `1.5`.
+
+    A procedure that is called for them changes nothing, so they come again every night.  Values
+    are told as their shape alone: they may be personal.
+    """
+
+    LOOKED_AT = 1000  # The first updates tell enough.
+    KINDS: Mapping[str, tuple[str, str]] = {  # kind: what is told of it, what would fix it
+        "breaks": ("line breaks", 'ignoreLineBreaks="true"'),
+        "blanks": ("trailing blanks", 'trim="true"'),
+        "case": ("letter case", 'ignoreCase="true"'),
+        "null": ("a word for an empty field", 'nullText="{word}"'),
+        "number": ("number format", 'ignoreNumberFormat="true"'),
+        "date": ("date format", ""),
+    }
+
+    def __init__(self, sql_diff: SqlDiff, key: Key, columns: Row) -> None:
+        self._file, self._key, self._columns = sql_diff.file, key, columns
+        ignored = {
+            "case": sql_diff.ignore_case,
+            "number": sql_diff.ignore_number_format,
+            "breaks": sql_diff.ignore_line_breaks,
+        }
+        self._ignored = {kind for kind, is_set in ignored.items() if is_set}
+        self._updates = self._formal = 0
+        # (column, kind): how many, and for the first of them its row's key and both values
+        self._found: dict[tuple[int, str], tuple[Any, ...]] = {}
+        self._dates: dict[int, set[tuple[str, str]]] = {}  # column: formats of both sides
+
+    def not_ignored(self, changes: list[Change]) -> list[Change]:
+        """The changes without the updates of which the SQLDiff ignores every difference."""
+        if not self._ignored:
+            return changes
+        return [
+            (key, before, after)
+            for key, before, after in changes
+            if before is None
+            or after is None
+            or not self._ignored.issuperset(self._kinds(before, after).values())
+        ]
+
+    def look_at(self, changes: Iterable[Change]) -> None:
+        """Count what the updates among `changes` differ in, until LOOKED_AT have been seen."""
+        for _, before, after in changes:
+            if self._updates >= self.LOOKED_AT:
+                return
+            if before is None or after is None:
+                continue
+            self._updates += 1
+            kinds = self._kinds(before, after)
+            if all(kinds.values()):
+                self._formal += 1
+                self._count(kinds, decode_row(before), decode_row(after))
+
+    def sentences(self) -> list[str]:
+        """What to tell where most updates differ only in format."""
+        if self._formal * 2 <= self._updates:
+            return []
+        sentences = []
+        for (index, kind), (count, key, before, after) in self._found.items():
+            updates = plural(self._updates, "update")
+            if self._updates == self.LOOKED_AT:
+                updates = f"the first {updates}"
+            sentences.append(
+                f"{self._file}: {count:,} of {updates} differ only in format: column "
+                f"{one_line(self._columns[index])}, {self.KINDS[kind][0]}, as in {key}: "
+                f"'{self.shape(before)}' in the database, '{self.shape(after)}' from SameGoal; "
+                f"{self._advice(index, kind, before or after)}"
+            )
+        return sentences
+
+    def _count(self, kinds: Mapping[int, str], before: Row, after: Row) -> None:
+        for index, kind in kinds.items():
+            first = (0, self._key.show(after), before[index], after[index])
+            count, *example = self._found.get((index, kind), first)
+            self._found[index, kind] = (count + 1, *example)
+            dates = self._date(before[index]), self._date(after[index])
+            if kind == "date" and dates[0] and dates[1]:
+                self._dates.setdefault(index, set()).add((dates[0][1], dates[1][1]))
+
+    def _kinds(self, before: bytes, after: bytes) -> dict[int, str]:
+        """The columns in which two canonical rows differ, and the kind of each difference."""
+        pairs = zip(before.split(b"\0"), after.split(b"\0"), strict=True)
+        return {
+            index: self.kind(decode_row(one)[0], decode_row(other)[0])
+            for index, (one, other) in enumerate(pairs)
+            if one != other
+        }
+
+    def _advice(self, index: int, kind: str, word: str) -> str:
+        if kind != "date":
+            return f"{self.KINDS[kind][1].format(word=word)} on this <SQLDiff> would fix this"
+        # That leading zeros are left out shows only in days and months of one digit.
+        before, after = (
+            min(sorted(words), key=lambda each: "MM" in each)
+            for words in zip(*self._dates[index], strict=True)
+        )
+        name = one_line(self._columns[index])
+        if before == after:
+            return f"change the query so that {name} is written as SameGoal writes it"
+        advice = f"change the query so that {name} is written as {after} instead of {before}"
+        if code := self._strftime_code(after):
+            advice += f' (if the query returns a date type, dateFormat="{code}" does this)'
+        return advice
+
+    @classmethod
+    def kind(cls, before: str, after: str) -> str:
+        """The kind of KINDS in which two texts for one value differ; '' where the values differ.
+
+        `1.50` and `1.5` give `number`, `1/5/2026` and `2026-01-05` give `date`.
+        """
+        lines = [text.replace("\r\n", "\n").replace("\r", "\n") for text in (before, after)]
+        if lines[0] == lines[1]:
+            return "breaks"
+        if before.rstrip(" ") == after.rstrip(" "):
+            return "blanks"
+        if before.casefold() == after.casefold():
+            return "case"
+        if {before, after} & {"NULL", "null", "None", "\\N"} and "" in (before, after):
+            return "null"
+        if cls._number(before) == cls._number(after) is not None:
+            return "number"
+        dates = [cls._date(text) for text in (before, after)]
+        return "date" if dates[0] and dates[1] and dates[0][0] == dates[1][0] else ""
+
+    @staticmethod
+    def shape(text: str) -> str:
+        """A value without what it says: `Ann 12.50` is `Xxx 99.99`."""
+        marked = "".join(
+            "X" if c.isupper() else "x" if c.isalpha() else "9" if c.isdigit() else c
+            for c in text[:40]
+        )
+        return one_line(f"[{marked}]")[1:-1]
+
+    @staticmethod
+    def _number(text: str) -> object:
+        """The number that a text is, in a format that compares by value, or None."""
+        import decimal
+
+        plain = re.fullmatch(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*", text, re.ASCII) and len(text) < 40
+        return decimal.Decimal(text.strip()) if plain else None
+
+    @classmethod
+    def _date(cls, text: str) -> tuple[datetime.datetime, str] | None:
+        """A date and the words for its format: `1/5/2026` is January 5, 2026, and `M/D/YYYY`."""
+        found = re.fullmatch(
+            r"(\d[\d./-]{5,9})(?:([T ])(\d\d):(\d\d)(?::(\d\d)(\.0+)?)?)?", text, re.ASCII
+        )
+        if not found:
+            return None
+        day, space, hour, minute, second, fraction = found.groups("")
+        mark = next((mark for mark in "-/." if mark in day), "")
+        parts = day.split(mark) if mark else [day[:4], day[4:6], day[6:]]
+        order = "YMD" if len(parts[0]) == 4 else "DMY" if mark == "." else "MDY"
+        if len(parts) != 3 or not all(parts):
+            return None
+        number = dict(zip(order, map(int, parts), strict=True))
+        padded = {len(part) for part, letter in zip(parts, order, strict=True) if letter != "Y"}
+        year = parts[order.index("Y")]
+        letters = {"Y": "Y" * len(year), "M": "M", "D": "D"}
+        if padded == {2}:
+            letters |= {"M": "MM", "D": "DD"}
+        words = mark.join(letters[letter] for letter in order)
+        if space:
+            words += f"{space}hh:mm" + (":ss" if second else "") + fraction
+        century = {2: 2000 if number["Y"] < 69 else 1900, 4: 0}.get(len(year))
+        if century is None:
+            return None
+        with contextlib.suppress(ValueError):
+            date = datetime.datetime(
+                century + number["Y"], number["M"], number["D"],
+                int(hour or 0), int(minute or 0), int(second or 0),
+            )  # fmt: skip
+            return date, words
+        return None
+
+    @staticmethod
+    def _strftime_code(words: str) -> str:
+        """The dateFormat for `MM/DD/YYYY`, or '' where none can write it: `M/D/YYYY`."""
+        if "MM" not in words or words.endswith("0"):  # a fraction of a second
+            return ""
+        codes = {"YYYY": "%Y", "YY": "%y", "MM": "%m", "DD": "%d"}
+        codes |= {"hh": "%H", "mm": "%M", "ss": "%S"}
+        return re.sub("YYYY|YY|MM|DD|hh|mm|ss", lambda token: codes[token[0]], words)
 
 
 # ---------------------------------------------------------------------- stage: limits

@@ -4,7 +4,7 @@ Programs that are compared run in turn, A B A B, each from start to exit; a figu
 ratio one of medians. Each pair's results are compared first: only equal work counts. Nothing fails
 here for being slow: times belong to a machine.
 
-    bench.py [--quick] [--only diff,large,help,calls,sftp,schoolinks]
+    bench.py [--quick] [--only diff,large,help,calls,sftp,schoolinks | --only "diff/5 percent"]
 
 The data is made in build/bench, the same each time.
 """
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
+import hashlib
 import itertools
 import os
 import queue
@@ -26,7 +28,6 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,15 +158,15 @@ def in_turn(commands: dict[str, list[str | Path]], rounds: int) -> dict[str, Run
     return runs
 
 
-# ------------------------------------------------------------------ files: make_pair
+# ------------------------------------------------------------------ files: Shape
 
 HEADER = (
     "studentNumber", "startDate", "endDate", "type", "disability", "minutes", "manager", "lre",
     "status",
 )  # fmt: skip
-KEY = 2  # its first columns
-CHUNK = 10_000  # rows; 10 of them are inserts, 10 updates, 10 deletes
+KEY = HEADER[:2]
 DISABILITIES = ("SLD", "OHI", "AUT", "SLI", "MD")
+MADE_BY = 2  # Another number here makes all files again.
 
 
 def line(number: int) -> str:
@@ -174,46 +175,125 @@ def line(number: int) -> str:
     return (
         f"{100000 + number // 3:08},201{number % 3}-0{day}-15,{ends},Annual Review,"
         f"{DISABILITIES[number % 5]},{number % 1000 / 4:.2f},"
-        f"Case manager {number * 7919 % 977},LRE80,LOCKED\r\n"
+        f"Case manager {number * 7919 % 977},LRE80,LOCKED"
     )
 
 
-def make_pair(folder: Path, rows: int, quoted: bool = False) -> tuple[Path, Path]:
-    """Two files of `rows` rows, 0.3 % of them different; kept for the next time."""
-    version = f"{zlib.crc32(''.join(map(line, range(1000))).encode()):08x}"
-    kind = f"{rows}-quoted-{version}" if quoted else f"{rows}-{version}"
-    pair = folder / f"samegoal-{kind}.csv", folder / f"sis-{kind}.csv"
+def wide_line(number: int) -> str:
+    return ",".join([line(number), *(f"{number * n % 9973}" for n in range(1, 52))])
+
+
+def numbered_line(number: int) -> str:
+    """The first column is a number of up to seven digits, not padded."""
+    return f"{number // 6},201{number // 6 % 3}-01-15,{number % 6},{line(number)[20:]}"
+
+
+def named_line(number: int) -> str:
+    """A name with a comma, so that each row has a field in quotes."""
+    return line(number).replace("Case manager ", '"Lee, Ann ').replace(",LRE80", '",LRE80')
+
+
+def quoted(row: str) -> str:
+    return '"' + row.replace(",", '","') + '"'
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How two files differ: SameGoal's side A, the database's side B.
+
+    Of the rows, `differ` thousandths are different: a third of them inserts, updates and deletes,
+    or, above a half, all of them updates.  The function `after` changes the finished sides.
+    """
+
+    name: str
+    differ: int = 3
+    line: Callable[[int], str] = line
+    columns: tuple[str, ...] = HEADER
+    key: tuple[str, ...] = KEY
+    after: Callable[[list[str], list[str], random.Random], None] | None = None
+    in_order: bool = True
+    goals: dict[str, float] = field(default_factory=lambda: {"duckdb": 1.0})
+
+
+CHUNK = 10_000  # rows
+
+
+def _quote_one_side(a: list[str], b: list[str], dice: random.Random) -> None:
+    b[:] = map(quoted, b)
+
+
+def _quote_both(a: list[str], b: list[str], dice: random.Random) -> None:
+    a[:], b[:] = map(quoted, a), map(quoted, b)
+
+
+def _quote_some(a: list[str], b: list[str], dice: random.Random) -> None:
+    for side in (a, b):
+        side[:] = [quoted(row) if dice.random() < 0.05 else row for row in side]
+
+
+def _empty_a(a: list[str], b: list[str], dice: random.Random) -> None:
+    a.clear()
+
+
+def _empty_b(a: list[str], b: list[str], dice: random.Random) -> None:
+    b.clear()
+
+
+def _shuffle(a: list[str], b: list[str], dice: random.Random) -> None:
+    dice.shuffle(a)
+
+
+# The programs are named in the goals: sgsync takes at most 1 / goal of the time of each.
+SHAPES = (
+    Shape("identical", 0, goals={"duckdb": 2, "comm": 0.5}),
+    Shape("few", 3, goals={"duckdb": 2, "comm": 0.5, "plain": 2.5}),
+    Shape("5 percent", 50),
+    Shape("30 percent", 300),
+    Shape("every row", 1000),
+    Shape("every row with a quoted name", 1000, named_line),
+    Shape("A empty", after=_empty_a),
+    Shape("B empty", after=_empty_b),
+    Shape("one side quoted", after=_quote_one_side),
+    Shape("both sides quoted", after=_quote_both, goals={"duckdb": 1, "plain": 1}),
+    Shape("5 percent of rows quoted", after=_quote_some),
+    Shape("60 columns", line=wide_line, columns=(*HEADER, *(f"c{n}" for n in range(51)))),
+    Shape("key of three columns", line=numbered_line,
+          columns=("number", "start", "part", *HEADER[2:]), key=("number:int", "start", "part")),
+    Shape("one side shuffled", after=_shuffle, in_order=False, goals={"duckdb": 1, "sort": 1 / 3}),
+)  # fmt: skip
+
+
+def make_pair(folder: Path, rows: int, shape: Shape) -> tuple[Path, Path]:
+    """Two files of `rows` rows in a shape; kept for the next time."""
+    kind = f"{shape.name.replace(' ', '-')}-{rows}-{MADE_BY}.csv"
+    pair = folder / f"samegoal-{kind}", folder / f"sis-{kind}"
     if all(path.exists() for path in pair):
         return pair
     for old in folder.glob("*.csv"):
-        if version not in old.name:
+        if not old.stem.endswith(f"-{MADE_BY}"):
             old.unlink()
-    say(f"making {rows:,} rows{', every field quoted' if quoted else ''}, twice")
+    say(f"making {rows:,} rows, {shape.name}, twice")
     parts = [path.with_suffix(".part") for path in pair]
     dice = random.Random(rows)
-
-    def text(lines: Sequence[str]) -> bytes:
-        whole = "".join(lines)
-        if quoted:
-            whole = whole.replace(",", '","').replace("\r\n", '"\r\n"')
-            whole = '"' + whole[:-1]
-        return whole.encode("ascii")
-
-    with parts[0].open("wb") as ours, parts[1].open("wb") as theirs:
-        for file in (ours, theirs):
-            file.write(text([",".join(HEADER) + "\r\n"]))
-        for start in range(0, rows, CHUNK):
-            a = [line(number) for number in range(start, min(start + CHUNK, rows))]
+    chunk = CHUNK if shape.in_order else rows
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(p.open("w", encoding="ascii", newline="")) for p in parts]
+        for file in files:
+            file.write(",".join(shape.columns) + "\r\n")
+        for start in range(0, rows, chunk):
+            a = [shape.line(number) for number in range(start, min(start + chunk, rows))]
             b = a.copy()
-            different = dice.sample(range(len(a)), 3 * len(a) // 1000)
-            for index in different[0::3]:
-                a[index] = ""
-            for index in different[1::3]:
+            different = dice.sample(range(len(a)), shape.differ * len(a) // 1000)
+            of_a = set(different[0::3] if shape.differ < 500 else ())
+            of_b = set(different[2::3] if shape.differ < 500 else ())
+            for index in different[1::3] if shape.differ < 500 else different:
                 b[index] = b[index].replace("LOCKED", "OPEN")
-            for index in different[2::3]:
-                b[index] = ""
-            ours.write(text([row for row in a if row]))
-            theirs.write(text([row for row in b if row]))
+            a = [row for index, row in enumerate(a) if index not in of_a]
+            b = [row for index, row in enumerate(b) if index not in of_b]
+            if shape.after:
+                shape.after(a, b, dice)
+            for file, side in zip(files, (a, b), strict=True):
+                file.write("".join(f"{row}\r\n" for row in side))
     for part, path in zip(parts, pair, strict=True):
         part.replace(path)
     return pair
@@ -222,85 +302,100 @@ def make_pair(folder: Path, rows: int, quoted: bool = False) -> tuple[Path, Path
 # ------------------------------------------------------------------ diff: bench_diff, bench_large
 
 
-def diff_commands(pair: tuple[Path, Path], folder: Path) -> dict[str, list[str | Path]]:
-    """The compared programs; each writes its changes to `<name>.csv` in `folder`."""
+def diff_commands(pair: tuple[Path, Path], folder: Path, shape: Shape) -> dict[str, list[str]]:
+    """The programs that the shape has goals for; each writes to `<name>.csv` in `folder`."""
     files = [str(path) for path in pair]
-    key = ",".join(HEADER[:KEY])
     here = Path(__file__).parent / "support"
-    commands: dict[str, list[str | Path]] = {
-        "sgsync": [ROOT / "sgsync.py", "diff", *files, "--key", key, "--output"],
-        "plain": [here / "bench_plain.py", *files],
-        "duckdb": [here / "bench_duckdb.py", *files],
-    }
-    for name, command in commands.items():
-        command.insert(0, sys.executable)
-        command.append(folder / f"{name}.csv")
-        if name != "sgsync":
-            command.append(str(KEY))
-    return commands
+    width = str(len(shape.key))
+    out = {name: str(folder / f"{name}.csv") for name in ("sgsync", *shape.goals)}
+    sort = [] if shape.in_order else ["--sort"]
+    commands = {
+        "sgsync": [sys.executable, str(ROOT / "sgsync.py"), "diff", *files,
+                   "--key", ",".join(shape.key), *sort, "--output"],
+        "plain": [sys.executable, str(here / "bench_plain.py"), *files],
+        "duckdb": [sys.executable, str(here / "bench_duckdb.py"), *files],
+        "comm": ["/bin/sh", "-c", 'LC_ALL=C exec comm -3 "$0" "$1" > "$2"', *files],
+        "sort": ["/bin/sh", "-c", 'LC_ALL=C exec sort "$0" > "$1"', files[0]],
+    }  # fmt: skip
+    tail = {"plain": [width], "duckdb": [width]}
+    found = {name: [*commands[name], path, *tail.get(name, ())] for name, path in out.items()}
+    return {name: command for name, command in found.items() if shutil.which(command[0])}
 
 
 def check_equal(folder: Path, names: Sequence[str]) -> int:
     """All have found the same changes, whatever their order; returns how many."""
     found = {}
     for name in names:
+        count = total = 0
         with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-            found[name] = sorted(csv.reader(file))
-    first = found[names[0]]
+            for row in csv.reader(file):
+                digest = hashlib.blake2b("\0".join(row).encode(), digest_size=8).digest()
+                count, total = count + 1, total + int.from_bytes(digest, "big")
+        found[name] = count, total
     for name in names:
-        if found[name] != first:
+        if found[name] != found[names[0]]:
             raise BenchError(f"{name} finds other changes than {names[0]}; see {folder}")
-    return len(first) - 1
+    return found[names[0]][0] - 1
 
 
-def bench_diff(quick: bool) -> Iterator[Figure]:
-    rows, rounds = (50_000, 2) if quick else (1_000_000, 5)
+PROGRAMS = {
+    "plain": "a csv.reader merge",
+    "duckdb": "DuckDB's full join",
+    "comm": "comm -3",
+    "sort": "sort of one side",
+}
+
+
+def bench_shape(shape: Shape, quick: bool) -> Iterator[Figure]:
+    rows, rounds = (50_000, 1) if quick else (1_000_000, 5)
     with tempfile.TemporaryDirectory(dir=FOLDER) as name:
         out = Path(name)
-        commands = diff_commands(make_pair(FOLDER, rows), out)
-        say(f"diff of {rows:,} rows a side, {rounds} rounds")
+        commands = diff_commands(make_pair(FOLDER, rows, shape), out, shape)
+        say(f"diff, {shape.name}: {rows:,} rows a side, {rounds} rounds")
         runs = in_turn(commands, rounds)
-        changes = check_equal(out, list(commands))
-        ours, plain, duckdb = runs["sgsync"], runs["plain"], runs["duckdb"]
-        size = f"{rows:,} rows a side"
-        times = f"{ours.median:.2f} s, {plain.median:.2f} s"
-        yield Figure(f"diff, {size}, {changes:,} changes", f"{rows / ours.median:,.0f} rows/s")
-        yield at_least("  against a csv.reader merge", plain.median / ours.median, 2.5, times)
-        times = f"{ours.median:.2f} s, {duckdb.median:.2f} s"
-        yield at_least("  against DuckDB's full join", duckdb.median / ours.median, 1, times)
+        changes = check_equal(out, [name for name in commands if name not in ("comm", "sort")])
+        ours = runs["sgsync"]
+        speed = f"{rows / ours.median:,.0f} rows/s"
+        yield Figure(f"diff, {rows:,} rows a side, {shape.name}, {changes:,} changes", speed)
+        for program in commands:
+            if program == "sgsync":
+                continue
+            theirs = runs[program].median
+            times = f"{ours.median:.2f} s, {theirs:.2f} s"
+            ratio, goal = theirs / ours.median, shape.goals[program]
+            yield at_least(f"  against {PROGRAMS[program]}", ratio, goal, times)
         yield memory("  peak memory", ours.peak, 64)
-        yield Figure("    of the csv.reader merge", f"{plain.peak / 1e6:.1f} MB")
-        yield Figure("    of DuckDB", f"{duckdb.peak / 1e6:.1f} MB")
-
-        commands = diff_commands(make_pair(FOLDER, rows, quoted=True), out)
-        say(f"the same with every field quoted, {rounds} rounds")
-        runs = in_turn(commands, rounds)
-        check_equal(out, list(commands))
-        ours, plain, duckdb = runs["sgsync"], runs["plain"], runs["duckdb"]
-        times = f"{ours.median:.2f} s, {plain.median:.2f} s"
-        yield Figure(f"diff, {size}, every field quoted", f"{rows / ours.median:,.0f} rows/s")
-        yield at_least("  against a csv.reader merge", plain.median / ours.median, 1, times)
-        times = f"{ours.median:.2f} s, {duckdb.median:.2f} s"
-        yield Figure(
-            "  against DuckDB's full join", f"{duckdb.median / ours.median:.2f} x ({times})"
-        )
-        yield memory("  peak memory", ours.peak, 64)
+        for program in ("plain", "duckdb"):
+            if program in commands:
+                yield Figure(f"    of {PROGRAMS[program]}", f"{runs[program].peak / 1e6:.1f} MB")
 
 
-def bench_large(quick: bool) -> Iterator[Figure]:
+LARGE = (
+    Shape("few", 3, goals={}),
+    Shape("every row", 1000, goals={}),
+    Shape("one side shuffled", after=_shuffle, in_order=False, goals={"sort": 1 / 3}),
+)
+
+
+def bench_large(shape: Shape, quick: bool) -> Iterator[Figure]:
     rows = 200_000 if quick else 10_000_000
-    if shutil.disk_usage(FOLDER).free < 400 * rows:
-        yield Figure(f"diff, {rows:,} rows a side", f"needs {400 * rows / 1e9:.0f} GB of free disk")
+    if shutil.disk_usage(FOLDER).free < 800 * rows:
+        yield Figure(f"diff, {rows:,} rows a side", f"needs {800 * rows / 1e9:.0f} GB of free disk")
         return
     with tempfile.TemporaryDirectory(dir=FOLDER) as name:
-        pair = make_pair(Path(name), rows)
-        say(f"diff of {rows:,} rows a side, once")
-        seconds, peak = measure(*diff_commands(pair, Path(name))["sgsync"])
+        pair = make_pair(Path(name), rows, shape)
+        say(f"diff, {shape.name}: {rows:,} rows a side, once")
+        commands = diff_commands(pair, Path(name), shape)
+        seconds, peak = measure(*commands["sgsync"])
         size = sum(path.stat().st_size for path in pair) / 2e6
         yield Figure(
-            f"diff, {rows:,} rows a side",
+            f"diff, {rows:,} rows a side, {shape.name}",
             f"{rows / seconds:,.0f} rows/s ({seconds:.1f} s for {size:,.0f} MB a side)",
         )
+        if "sort" in commands:
+            theirs, _ = measure(*commands["sort"])
+            times = f"{seconds:.1f} s, {theirs:.1f} s"
+            yield at_least("  against sort of one side", theirs / seconds, 1 / 3, times)
         yield memory("  peak memory", peak, 64)
 
 
@@ -606,13 +701,18 @@ def bench_schoolinks(quick: bool) -> Iterator[Figure]:
 # ------------------------------------------------------------------ main
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Figure]]] = {
-    "diff": bench_diff,
-    "large": bench_large,
+    **{f"diff/{s.name}": functools.partial(bench_shape, s) for s in SHAPES},
+    **{f"large/{s.name}": functools.partial(bench_large, s) for s in LARGE},
     "help": bench_help,
     "calls": bench_calls,
     "sftp": bench_sftp,
     "schoolinks": bench_schoolinks,
 }
+
+
+def _is_part(name: str, part: str) -> bool:
+    """Whether `part` names a section, as `diff/few`, or all that begin so, as `diff`."""
+    return name == part or name.startswith(f"{part}/")
 
 
 def main() -> int:
@@ -623,15 +723,16 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="PARTS",
                         help="parts to run (default: %(default)s)")  # fmt: skip
     options = parser.parse_args()
-    unknown = set(options.only.split(",")) - set(SECTIONS)
+    only = options.only.split(",")
+    unknown = [part for part in only if not any(_is_part(name, part) for name in SECTIONS)]
     if unknown:
-        parser.error(f"--only: there is no part {', '.join(sorted(unknown))}")
+        parser.error(f"--only: there is no part {', '.join(unknown)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     figures: list[Figure] = []
     began = time.monotonic()
     try:
         for name, section in SECTIONS.items():
-            if name in options.only.split(","):
+            if any(_is_part(name, part) for part in only):
                 try:
                     figures += section(options.quick)
                 except (ImportError, RuntimeError) as error:  # a server that is not there

@@ -287,9 +287,7 @@ def test_read_keeps_no_absurd_size_in_memory(
 
     monkeypatch.setattr(sgsync.shutil, "disk_usage", disk_usage)
     serve(Boastful)
-    assert "the file is shorter than its listed size, 35,184,372,088,832 bytes" in home.refused(
-        3
-    )
+    assert "the file is shorter than its listed size, 35,184,372,088,832 bytes" in home.refused(3)
 
 
 # ------------------------------------------------------------------ config.xml of a stranger

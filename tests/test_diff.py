@@ -107,7 +107,8 @@ def compare(
 
 
 def sizes(block: int, sort: int = sgsync.SORT_BYTES) -> mock._patch:
-    return mock.patch.multiple(sgsync, BLOCK_BYTES=block, SORT_BYTES=sort)
+    near = min(sgsync.NEAR_BYTES, block)
+    return mock.patch.multiple(sgsync, BLOCK_BYTES=block, NEAR_BYTES=near, SORT_BYTES=sort)
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +207,8 @@ def violation(path: Path, rows: Rows, columns: str, key: str | None) -> str | No
         if of(before) == of(row):
             return (
                 f"{shown}:{next_line}: lines {line} and {next_line} have the same key {show(row)}\n"
-                "Try: add the column that tells them apart to the key, or let the source give each "
-                "key one row"
+                "Try: add the column that tells them apart to the key, or return only one row per "
+                "key"
             )
         if not of(before) < of(row):
             return (
@@ -277,6 +278,11 @@ def test_diff_refuses_what_does_not_ascend_on_either_side(
             assert str(caught.value) in problems
 
 
+def pass_all(rows: sgsync.OrderedRows, size: int) -> None:
+    while rows.fill():
+        rows.take(rows.ahead(size)[0])
+
+
 @settings(max_examples=150)
 @given(
     rows=st.lists(st.tuples(fields, fields, st.sampled_from(NUMBERS)), min_size=1, max_size=12),
@@ -298,25 +304,25 @@ def test_sorted_blocks_are_what_python_sorts(
     path.write_bytes(text.encode())
     with sizes(block, run), sgsync.CsvFile(path) as file:
         found = sgsync.Key(key.split(",") if key else None, file.columns, "ic/iep.csv")
-        blocks = sgsync.sorted_blocks(file, file.blocks(), found)
+        blocks = list(sgsync.Sorter(file, file.blocks(), found).blocks())
+        joined = b"".join(block.data for block in blocks)
+        in_order = [sgsync.decode_row(row) for row in joined[:-1].split(b"\n")]
+        assert sorted(in_order) == sorted(rows)
+        assert list(map(of, in_order)) == sorted(map(of, rows))
         lines: dict[object, int] = {}
         line, twice = 2, set()
         for row in rows:
             if of(row) in lines:
                 twice.add((of(row), lines[of(row)], line))
-            lines[of(row)] = line
+            lines.setdefault(of(row), line)
             line += 1 + sum(field.count("\n") for field in row)
         if twice:
+            ordered = sgsync.OrderedRows(file, iter(blocks), found)
             with pytest.raises(sgsync.DataError) as caught:
-                list(blocks)
+                pass_all(ordered, block)
             _, line_before, line = min(twice)
             start = f"iep.csv:{line}: lines {line_before} and {line} have the same key "
             assert str(caught.value).startswith(start)
-        else:
-            joined = b"".join(block.data for block in blocks)
-            assert [sgsync.decode_row(row) for row in joined[:-1].split(b"\n")] == sorted(
-                rows, key=of
-            )
     assert sorted(path.parent.iterdir()) == [path]
 
 
@@ -331,9 +337,8 @@ def test_sorted_blocks_order_a_line_break_among_control_characters(
         path.write_text(spell([["a", "b"], *rows[::-1]], 1, end), newline="")
     for key in ("a", "b,a", None):
         with sizes(block, sort=1), sgsync.CsvFile(files[0]) as file:
-            blocks = sgsync.sorted_blocks(
-                file, file.blocks(), sgsync.Key(key.split(",") if key else None, ("a", "b"), "")
-            )
+            found = sgsync.Key(key.split(",") if key else None, ("a", "b"), "")
+            blocks = sgsync.Sorter(file, file.blocks(), found).blocks()
             data = b"".join(block.data for block in blocks)
             found = [list(sgsync.decode_row(row)) for row in data[:-1].split(b"\n")]
             assert found == rows
@@ -486,13 +491,13 @@ def test_diff_orders_a_line_break_before_every_printable_character(
 @pytest.mark.parametrize(
     ("ours", "theirs", "what"),
     [
-        ("id,name", "id,status", "lacks status; has besides name"),
-        ("id", "id,name,status", "lacks name, status"),
-        ("id,name,x\ny", "id,name", "has besides x y"),
-        ("name,id", "id,name", "has them in another order: column 1 is name, not id"),
-        ("id,b,a", "id,a,b", "has them in another order: column 2 is b, not a"),
-        ("id,Name", "id,name", "lacks name; has besides Name"),
-        ("id,name ", "id,name", "lacks name; has besides name"),
+        ("id,name", "id,status", "missing status; unexpected name"),
+        ("id", "id,name,status", "missing name, status"),
+        ("id,name,x\ny", "id,name", "unexpected x y"),
+        ("name,id", "id,name", "another order: column 1 is name, not id"),
+        ("id,b,a", "id,a,b", "another order: column 2 is b, not a"),
+        ("id,Name", "id,name", "missing name; unexpected Name"),
+        ("id,name ", "id,name", "missing name; unexpected name"),
     ],
 )
 def test_diff_names_the_columns_that_differ(
@@ -503,9 +508,9 @@ def test_diff_names_the_columns_that_differ(
     with pytest.raises(sgsync.DataError) as caught:
         compare(*files, "id")
     assert str(caught.value) == (
-        f"ia/iep.csv:1: the columns differ from those of ic/iep.csv: it {what}\n"
-        "Try: let the SELECT give the columns that SameGoal's file has, in its order, or ask "
-        "SameGoal whether the form was changed"
+        f"ia/iep.csv:1: the columns differ from those of ic/iep.csv: {what}\n"
+        "Try: make the query return the columns of SameGoal's file in the same order, or ask "
+        "SameGoal whether the file has changed"
     )
 
 
@@ -516,9 +521,7 @@ def test_diff_refuses_a_file_of_no_bytes(files: tuple[Path, Path], empty: int) -
     with pytest.raises(sgsync.DataError) as caught:
         compare(*files, "id")
     shown = ("ia/iep.csv", "ic/iep.csv")[empty]
-    assert str(caught.value) == (
-        f"{shown}: is empty, it has not even a header\nTry: export it again"
-    )
+    assert str(caught.value) == (f"{shown}: is empty: it has no header line\nTry: export it again")
 
 
 # ------------------------------------------------------------------ memory
@@ -638,9 +641,9 @@ def test_diff_command_leaves_standard_output_open(
          "none.csv: No such file or directory\n    Try: correct the name of the file\n"),
         (["a.csv", "folder"], 2, "folder: is a folder\n    Try: name a CSV file in it\n"),
         (["a.csv", "empty.csv"], 5,
-         "empty.csv: is empty, it has not even a header\n    Try: export it again\n"),
+         "empty.csv: is empty: it has no header line\n    Try: export it again\n"),
         (["empty.csv", "b.csv"], 5,
-         "empty.csv: is empty, it has not even a header\n    Try: export it again\n"),
+         "empty.csv: is empty: it has no header line\n    Try: export it again\n"),
         (["a.csv", "b.csv", "--key", "id,,name"], 2,
          "--key 'id,,name': has an empty name between its commas\n    Try: --key id,start\n"),
         (["a.csv", "b.csv", "--key", ""], 2, "--key '': is empty\n    Try: --key id,start\n"),
@@ -701,7 +704,8 @@ def test_diff_command_sorts_files_of_a_folder_that_it_may_not_write(
     for mode, place in ((os.R_OK | os.W_OK, tmp_path), (os.R_OK, None)):
         monkeypatch.setattr(os, "access", lambda _, wanted, mode=mode: wanted & mode)
         argv = (tmp_path / "a.csv", tmp_path / "a.csv", "--sort", "--output", tmp_path / "out.csv")
-        assert diff_main(*argv) == 0
+        with sizes(sgsync.BLOCK_BYTES, sort=1):
+            assert diff_main(*argv) == 0
         assert places == [place, place]
         places.clear()
 
@@ -784,4 +788,4 @@ def test_diff_command_reads_and_writes_named_pipes(
         reader.join()
         assert read.pop() == changes
         assert out.is_fifo()
-    assert f"{a}: is empty, it has not even a header".encode() in capsysbinary.readouterr().err
+    assert f"{a}: is empty: it has no header line".encode() in capsysbinary.readouterr().err

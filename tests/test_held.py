@@ -1,4 +1,4 @@
-"""Hold and approve, the proof of convergence, differences in form alone."""
+"""Hold and approve, the proof of convergence, differences in format alone."""
 
 from __future__ import annotations
 
@@ -155,14 +155,30 @@ def test_sync_verify_is_silent_when_all_converged(home: homes.Home) -> None:
 @pytest.mark.parametrize(
     ("source", "sis", "what", "settles"),
     [
-        ("Lee", "Lee ", "blanks at the end", 'trim="true"'),
-        ("Lee", "LEE", "letter case", 'ignoreCase="true"'),
-        ("8765.5", "8765.50", "the form of a number", 'ignoreNumberFormat="true"'),
-        ("01/31/2026", "2026-01-31", "the form of a date", 'dateFormat="%m/%d/%Y"'),
-        ("NULL", "", "a word for an empty field", 'nullText="NULL"'),
+        ("Lee", "Lee ", "trailing blanks", 'trim="true" on this <SQLDiff> would fix this'),
+        ("Lee", "LEE", "letter case", 'ignoreCase="true" on this <SQLDiff> would fix this'),
+        (
+            "8765.5",
+            "8765.50",
+            "number format",
+            'ignoreNumberFormat="true" on this <SQLDiff> would fix this',
+        ),
+        (
+            "01/31/2026",
+            "2026-01-31",
+            "date format",
+            "change the query so that manager is written as MM/DD/YYYY instead of YYYY-MM-DD (if "
+            'the query returns a date type, dateFormat="%m/%d/%Y" does this)',
+        ),
+        (
+            "NULL",
+            "",
+            "a word for an empty field",
+            'nullText="NULL" on this <SQLDiff> would fix this',
+        ),
     ],
 )
-def test_diff_names_differences_in_form(
+def test_diff_names_differences_in_format(
     sqlite_home: homes.Home, source: str, sis: str, what: str, settles: str
 ) -> None:
     home = sqlite_home
@@ -170,10 +186,10 @@ def test_diff_names_differences_in_form(
     home.sis([(f"{n}", "2026-01-05", "LOCKED", sis) for n in (1001, 1002, 1003)])
     assert home.main() == 0
     assert (
-        f"iep.csv: 3 of 3 updates differ only in form: column manager, {what}, as in "
+        f"iep.csv: 3 of 3 updates differ only in format: column manager, {what}, as in "
         "studentNumber=1001, startDate=2026-01-05: "
     ) in home.log
-    assert f"{settles} on this <SQLDiff> would settle it" in home.log
+    assert settles in home.log
     assert source not in home.log.replace(settles, "") or source.isupper()
 
 
@@ -181,7 +197,7 @@ def test_diff_names_differences_in_form(
     ("attribute", "source", "sis"),
     [('ignoreCase="true"', "Lee", "LEE"), ('ignoreNumberFormat="true"', "1.5", "01.50")],
 )
-def test_diff_ignores_forms_that_it_is_told_to(
+def test_diff_ignores_formats_that_it_is_told_to(
     sqlite_home: homes.Home, attribute: str, source: str, sis: str
 ) -> None:
     home = sqlite_home
