@@ -106,6 +106,8 @@ CANCEL_SECONDS = 30.0  # A database may take this long to give up a call.
 RETRY_ATTEMPTS = 4
 RETRY_SECONDS = 2.0  # The first pause; each further one is twice as long.
 
+STORE_SERVICE = "sgsync"  # under which the system's password store keeps the secrets
+
 SCRIPT = Path(__file__).resolve()
 FROZEN = bool(getattr(sys, "frozen", False))
 PROGRAM = (sys.executable,) if FROZEN else (sys.executable, str(SCRIPT))  # starts sgsync
@@ -1041,7 +1043,7 @@ class Placeholders:
                 f"pip install keyring, or {other}",
             ) from None
         try:
-            found = keyring.get_password("sgsync", name)
+            found = keyring.get_password(STORE_SERVICE, name)
         except keyring.errors.KeyringError as error:
             raise ConfigError(
                 f"{entry} cannot be read: {one_line(error)}",
@@ -1050,7 +1052,7 @@ class Placeholders:
         if not found:
             raise ConfigError(
                 f"{entry} is {'not set' if found is None else 'empty'}",
-                f"store it: keyring set sgsync {name}",
+                f"store it: {command_line([*PROGRAM, 'secret', 'set', name])}",
             )
         return found
 
@@ -6948,6 +6950,89 @@ class Procedures:
                 print(f"    {printable(text)}")
 
 
+# ---------------------------------------------------------------------- command: secret
+#
+# Given: a name, and a secret from a person or from standard input.
+# Gives: the secret in the system's password store, for ${keyring:NAME} in config.xml.
+# Raises: ConfigError.
+
+
+@dataclasses.dataclass(kw_only=True)
+class SecretOptions(Options):
+    action: str
+    name: str
+    stdin: bool = False
+
+
+def secret_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("action", choices=("set", "delete"), metavar="set|delete", help="store it or delete it")
+    add("name", metavar="NAME", help="as in ${keyring:NAME}")
+    add("--stdin", action="store_true", help="with set: read one line instead of asking twice")
+    parser.set_defaults(run=run_secret, kind=SecretOptions)
+    return parser
+
+
+def run_secret(options: SecretOptions) -> int:
+    """Store or delete a secret of the account that runs this."""
+    if not re.fullmatch(r"[^${}\s](?:[^${}]{0,198}[^${}\s])?", options.name):
+        raise ConfigError(
+            f"'{shortened(one_line(options.name))}' cannot be the name of a secret",
+            "use letters and digits, such as sis_password",
+        )
+    try:
+        import keyring
+        import keyring.errors
+    except ImportError:
+        install = command_line([sys.executable, "-m", "pip", "install", "keyring"])
+        raise ConfigError(
+            "the password store cannot be used: the keyring package is not installed",
+            f"install it:\n{install}",
+        ) from None
+    store = f"{keyring.get_keyring().name} of the account {account_name()}"
+    try:
+        if options.action == "delete":
+            if keyring.get_password(STORE_SERVICE, options.name) is None:
+                raise ConfigError(f"{options.name}: there is no such secret in {store}")
+            keyring.delete_password(STORE_SERVICE, options.name)
+            log.info("%s: deleted from %s", options.name, store)
+            return 0
+        keyring.set_password(STORE_SERVICE, options.name, _new_secret(options))
+    except keyring.errors.KeyringError as error:
+        raise ConfigError(
+            f"{options.name}: the password store refused: {one_line(error)}",
+            "use a password store that this account can open without a desktop session, or "
+            "${file:PATH} or ${env:NAME} instead",
+        ) from None
+    log.info("%s: stored in %s; write ${keyring:%s} in config.xml",
+             options.name, store, options.name)  # fmt: skip
+    return 0
+
+
+def _new_secret(options: SecretOptions) -> str:
+    """From standard input, or from a person, twice; never shown."""
+    if options.stdin:
+        line = sys.stdin.readline() if sys.stdin else ""
+        first = second = line.rstrip("\r\n")
+    elif sys.stdin and sys.stdin.isatty() and sys.stderr.isatty():
+        first = getpass.getpass(f"{options.name}: ", sys.stderr)
+        second = getpass.getpass("again: ", sys.stderr)
+    else:
+        raise ConfigError(
+            "nobody can be asked: this is not a terminal; nothing was stored",
+            "pass the secret on standard input: --stdin",
+        )
+    keep_secret([first])
+    if not first:
+        raise ConfigError(f"{options.name}: the secret is empty; nothing was stored")
+    if first != second:
+        raise ConfigError(
+            f"{options.name}: the two entries differ; nothing was stored", "enter it again"
+        )
+    return first
+
+
 # ---------------------------------------------------------------------- main
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
@@ -6967,6 +7052,16 @@ Changes nothing without --install, which runs the script in the database.  For e
   sgsync.py procedures
   sgsync.py procedures --install
   sgsync.py procedures --diff --verbose""",
+    ),
+    "secret": (
+        secret_arguments,
+        "store a password in the system's password store",
+        """Store a secret for ${keyring:NAME} in config.xml, or delete it.
+
+Run it as the account that runs the job: each account has a store of its own.  Changes only that
+store.  For example:
+  sgsync.py secret set sis_password
+  sgsync.py secret delete sis_password""",
     ),
     "trust": (
         trust_arguments,
