@@ -88,6 +88,7 @@ LOG_NAME = "sgi_log.txt"
 SUMMARY_NAME = "summary.json"
 FAILURES_NAME = "failures.csv"
 NOT_CONVERGED_NAME = "notconverged.csv"
+ENVIRONMENT_NAME = "sgsync.env"
 # Newer Pythons make of 0700 a Windows ACL that locks a service account out: there, see the README.
 OWNER_ONLY = 0o777 if os.name == "nt" else 0o700
 PART = ".part"  # A file under this suffix is not finished, whatever it holds.
@@ -1399,6 +1400,33 @@ class ConfigReader:
             if name and name.lower() in seen:
                 self._fail(element, "file", f"'{name}' is already in use", "choose another name")
             seen.add(str(name).lower())
+
+
+def load_environment(home: Path) -> None:
+    """Set the variables in the home's file sgsync.env that the environment lacks.
+
+    So a command typed by hand has what the scheduled job has.  Lines are NAME=VALUE, the value may
+    be in quotes, # begins a comment (systemd, "EnvironmentFile").  Raises ConfigError.
+    """
+    path = home / ENVIRONMENT_NAME
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ConfigError(
+            f"{path}: cannot be read: {reason}",
+            "let the account that runs sgsync read this file, saved as UTF-8",
+        ) from None
+    for number, line in enumerate(map(str.strip, lines), 1):
+        match = re.fullmatch(r"([A-Za-z_]\w*)\s*=\s*(.*)", line)
+        if match:
+            value = match[2]
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            os.environ.setdefault(match[1], value[1:-1] if quoted else value)
+        elif line and line[0] not in "#;":
+            raise ConfigError(f"{path}:{number}: is not NAME=VALUE", "correct or delete that line")
 
 
 def config_path(home: Path) -> Path:
@@ -3744,6 +3772,8 @@ class Comparison:
     delete: int = 0
     format_differences: list[str] = dataclasses.field(default_factory=list)
     changes: Path = Path("-")  # standard output, unless `compare` made it
+    source: Path = Path("-")  # likewise
+    _lines: Iterator[tuple[int, Row]] = dataclasses.field(default=iter(()), repr=False)
 
     def add(self, changes: Sequence[Change]) -> None:
         """Count changes."""
@@ -3760,6 +3790,27 @@ class Comparison:
         """The row that each change of `operation` is about: for a delete the target's."""
         for before, after in read_changes(self.changes, operation):
             yield before if operation == DELETE else after
+
+    def line_of(self, row: Row) -> int:
+        """The line of the source on which `row` begins, 0 where it is not there.
+
+        Quick if rows are asked for in the order of the file.
+        """
+        for _ in range(2):  # from the last row that was found; then from the first
+            for line, found in self._lines:
+                if found == row:
+                    return line
+            self._lines = self._numbered_rows()
+        return 0
+
+    def _numbered_rows(self) -> Iterator[tuple[int, Row]]:
+        trim, null_text = self.sql_diff.trim, self.sql_diff.null_text
+        with CsvFile(self.source, trim=trim, null_text=null_text) as file:
+            for block in file.blocks():
+                line = block.line
+                for raw in block.data[:-1].split(b"\n"):
+                    yield line, decode_row(raw)
+                    line += 1 + raw.count(_BREAK)
 
     def summary(self) -> FileSummary:
         """What summary.json tells of it, before anything is applied."""
@@ -3789,7 +3840,7 @@ def compare(source: Path, target: Path, changes: Path, sql_diff: SqlDiff) -> Com
     """`diff` into the file `changes`, where a source of 0 bytes is one without rows."""
     with new_file(changes) as out:
         comparison = diff(source, target, out, sql_diff, may_be_empty=True)
-    comparison.changes = changes
+    comparison.changes, comparison.source = changes, source
     return comparison
 
 
@@ -4287,36 +4338,84 @@ class Excess:
     approved: bool  # by a person who saw them in a held run
 
 
+USUAL_RUNS = 30  # complete runs that show what is usual
+USUAL_ROWS = 20  # changes that are never unusual
+
+
+def past_files(earlier: Iterable[KeptRun]) -> dict[str, list[FileSummary]]:
+    """File -> what the last complete runs found for it, newest first."""
+    past: dict[str, list[FileSummary]] = {}
+    complete = (run.summary for run in earlier if run.complete and run.summary)
+    for summary in itertools.islice(complete, USUAL_RUNS):
+        for file in summary.files:
+            past.setdefault(file.file, []).append(file)
+    return past
+
+
 def over_limits(
-    comparisons: Sequence[Comparison], limits: Limits, approved: Path | None
+    comparisons: Sequence[Comparison],
+    limits: Limits,
+    past: Mapping[str, Sequence[FileSummary]],
+    approved: Path | None,
 ) -> list[Excess]:
-    """What goes beyond the limits.
+    """What goes beyond the limits: of config.xml, and of what is usual.
 
     Changes that the diff files in the folder `approved` show count as approved.  A source without
-    rows is over every limit while the database has rows.
+    rows is over every limit while the database has rows, and so is an empty export of the database
+    if the last complete run left rows there.
     """
     excesses = []
     for found in comparisons:
-        sql_diff = found.sql_diff
-        emptied = not found.source_rows and found.target_rows > 0
-        deletes = (DELETE, sql_diff.max_deletes or limits.max_deletes, "maxDeletes")
-        if emptied:
-            deletes = DELETE, Limit(0, percent=False), "SameGoal's file is empty, so the limit"
-        updates = (UPDATE, sql_diff.max_updates or limits.max_updates, "maxUpdates")
-        for operation, limit, name in (deletes, updates):
+        sql_diff, total = found.sql_diff, found.target_rows
+        bounds = _bounds(found, limits, past.get(sql_diff.file, ()))
+        for operation in OPERATIONS:
             changes = found.count(operation)
-            if limit.allows(changes, found.target_rows):
+            beyond = [(limit, name) for limit, name in bounds[operation]
+                      if not limit.allows(changes, total)]  # fmt: skip
+            if not beyond:
                 continue
+            limit, name = beyond[0]
             shown = approved / sql_diff.file if approved else None
             left = _unapproved(found.changes, shown, operation)
-            beyond = f" ({left:,} of them not approved)" if 0 < left < changes else ""
+            unseen = f" ({left:,} of them not approved)" if 0 < left < changes else ""
             first = "; ".join(map(found.key.show, itertools.islice(found.rows(operation), 3)))
             sentence = (
-                f"{sql_diff.file}: {plural(changes, operation)}{beyond} of "
-                f"{plural(found.target_rows, 'row')}, {name} is {limit}; they begin with {first}"
+                f"{sql_diff.file}: {plural(changes, operation)}{unseen} of "
+                f"{plural(total, 'row')}, {name} is {limit}; they begin with {first}"
             )
-            excesses.append(Excess(sentence, changes, limit.allows(left, found.target_rows)))
+            allowed = all(limit.allows(left, total) for limit, _ in beyond)
+            excesses.append(Excess(sentence, changes, allowed))
     return excesses
+
+
+def _bounds(
+    found: Comparison, limits: Limits, past: Sequence[FileSummary]
+) -> dict[str, list[tuple[Limit, str]]]:
+    """Operation -> its limits, each with the name that a message gives it."""
+    own, nothing = found.sql_diff, Limit(0, percent=False)
+    bounds: dict[str, list[tuple[Limit, str]]] = {
+        DELETE: [(own.max_deletes or limits.max_deletes, "maxDeletes")],
+        UPDATE: [(own.max_updates or limits.max_updates, "maxUpdates")],
+        INSERT: [],
+    }
+    if not found.source_rows and found.target_rows:
+        bounds[DELETE] = [(nothing, "SameGoal's file is empty, so the limit")]
+    inserts = own.max_inserts or limits.max_inserts
+    if inserts and not (inserts.percent and found.target_rows < limits.min_rows):
+        bounds[INSERT].append((inserts, "maxInserts"))
+    before = past[0].source_rows if past else 0
+    if before and not found.target_rows:
+        name = (
+            f"the query returned no rows, after {before:,} in the last complete run, so the limit"
+        )
+        bounds[INSERT].insert(0, (nothing, name))
+    if limits.usual and past:
+        for operation in OPERATIONS:
+            counts = [file.tally(operation).found for file in past]
+            most = max(USUAL_ROWS, int(max(counts) * limits.usual))
+            name = f"usual are {min(counts):,} to {max(counts):,} in a run, the limit"
+            bounds[operation].append((Limit(most, percent=False), name))
+    return bounds
 
 
 def _unapproved(changes: Path, approved: Path | None, operation: str) -> int:
@@ -4360,39 +4459,45 @@ def check_parameters(found: Comparison) -> None:
 
 
 class Failures:
-    """failures.csv: the rows that the database refused, made with the first of them."""
+    """The rows that the database refused: failures.csv, and failures/FILE to correct them in.
 
-    def __init__(self, path: Path, limit: int) -> None:
-        self.path, self.limit = path, limit
+    The second has them as the source has them, so that they can be imported again; a row that was
+    to be deleted is in failures.csv only.  The files are made with the first row in them.
+    """
+
+    HEADER = ("operation", "key", "line", "procedure", "error")
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
         self.rows: set[tuple[str, str, str]] = set()  # file, operation, key
-        self._file: TextIO | None = None
 
-    def __enter__(self) -> Failures:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def add(
-        self, file: str, operation: str, key: str, procedure: str, error: DatabaseError
-    ) -> None:
+    def add(self, found: Comparison, operation: str, row: Row, error: DatabaseError) -> None:
         """Keep a row that failed; raises DatabaseError for one more than `limit`."""
-        with local_errors(self.path):
-            if self._file is None:
-                self._file = self.path.open("w", encoding="utf-8", newline="")
-                csv.writer(self._file).writerow(["operation", "key", "procedure", "error"])
-            csv.writer(self._file).writerow([operation, key, procedure, redact(error.message)])
-            self._file.flush()
+        file, key = found.sql_diff.file, found.key.show(row)
+        procedure = found.sql_diff.calls[operation].procedure or "SQL"
+        line = str(found.line_of(row) or "") if operation != DELETE else ""
+        told = (operation, key, line, procedure, redact(error.message))
+        self._append(self.folder / FAILURES_NAME, self.HEADER, told)
+        if operation != DELETE:
+            self._append(self.folder / "failures" / file, found.columns, row)
         self.rows.add((file, operation, key))
         log.error("%s of %s failed: %s: %s", operation, key, procedure, error.message)
         if len(self.rows) > self.limit:
             raise DatabaseError(
                 f"stopped: more than maxFailures={self.limit} rows failed; the last one: "
                 f"{operation} of {key}: {procedure}: {error.message}",
-                f"look at {self.path}; the rows already written stay, and the next run continues "
-                "from there",
+                f"look at {self.folder / FAILURES_NAME}; the rows already written stay, and the "
+                "next run continues from there",
             )
+
+    @staticmethod
+    def _append(path: Path, header: Sequence[str], row: Sequence[str]) -> None:
+        """At once, whatever happens to the run afterwards."""
+        with local_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            new = not path.exists()
+            with path.open("a", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([header, row] if new else [row])
 
 
 class Applier:
@@ -4407,7 +4512,7 @@ class Applier:
         failures: Failures,
     ) -> None:
         self.database, self.operation, self.failures = database, operation, failures
-        self.tally = tally
+        self.found, self.tally = found, tally
         self.file, self.key = found.sql_diff.file, found.key
         self.call = found.sql_diff.calls[operation]
         default = found.key.names if operation == DELETE else found.columns
@@ -4432,16 +4537,14 @@ class Applier:
             retried(lambda: self._batch([row]))
         except DatabaseError as error:
             masked = self._masked(error, [row])
-            key = self.key.show(row)
             if error.transient or is_not_about_the_row(error):
                 raise DatabaseError(
-                    f"{self.file}: {self.operation} of {key}: {masked.message}",
+                    f"{self.file}: {self.operation} of {self.key.show(row)}: {masked.message}",
                     masked.remedy,
                     sqlstate=error.sqlstate,
                 ) from None
             self.tally.failed += 1
-            name = self.call.procedure or "SQL"
-            self.failures.add(self.file, self.operation, key, name, masked)
+            self.failures.add(self.found, self.operation, row, masked)
         else:
             self.tally.applied += 1
 
@@ -5700,9 +5803,10 @@ def together(first: Callable[[], T], second: Callable[[], object], cancel: Calla
     return cast("T", futures[0].result())
 
 
-def warn_of_readable(*paths: Path) -> None:
-    """Warn of files that everyone on this machine can read."""
-    for path in paths:
+def warn_of_readable(config: Config, *paths: Path) -> None:
+    """Warn of files with secrets that everyone on this machine can read."""
+    environment = config.path.with_name(ENVIRONMENT_NAME)
+    for path in (config.path, environment, *config.secret_files, *paths):
         with contextlib.suppress(OSError):
             if os.name == "posix" and path.stat().st_mode & 0o004:
                 sudo = ["sudo"] if os.geteuid() else []
@@ -5749,11 +5853,27 @@ def run_sync(options: SyncOptions) -> int:
         warn_of_killed(run)
         config = load_config(options.config, SyncConfig)
         keep_secret(config.secrets)
-        warn_of_readable(config.path, options.home / config.sftp.private_key, *config.secret_files)
+        warn_of_readable(config, options.home / config.sftp.private_key)
+        if not (options.dry_run or options.force) and paused(run, config):
+            return 0
         with Display(options.terminal) as display, Sftp(config.sftp, options.home) as sftp, \
                 Database(config.database) as database:  # fmt: skip
             Sync(options, run, config, display).work(sftp, database)
     return cast("int", run.summary.exit_code)
+
+
+def paused(run: Run, config: Config) -> bool:
+    """Whether a <Pause> covers today; the run then says so, and is done."""
+    today = datetime.date.today()
+    pause = next((pause for pause in config.pauses if pause.covers(today)), None)
+    if pause:
+        why = f" ({one_line(pause.why)})" if pause.why else ""
+        run.conclude(
+            "paused", 0,
+            f"nothing was done: config.xml has a <Pause> from {pause.from_} to {pause.to}{why}",
+            "to run all the same, use --dry-run, or --force, which skips the limits, too",
+        )  # fmt: skip
+    return pause is not None
 
 
 def warn_of_killed(run: Run) -> None:
@@ -5794,9 +5914,9 @@ class Sync:
         if self.config.database.verify:
             self.verify(database, failures)
         with self.display.phase("statements", len(self.config.statements)) as phase:
-            self.summary.statement_files = run_statements(
-                database, self.config.statements, self.folder, phase.file("")
-            )
+            made = run_statements(database, self.config.statements, self.folder, phase.file(""))
+        self.summary.statement_files = made
+        self.check_statement_files(made)
         self.conclude()
         with self.display.phase("push") as phase:
             push(sftp, self.config.sftp.upload_directory, self.folder, phase.file("", "byte"))
@@ -5865,9 +5985,9 @@ class Sync:
     def reasons_to_hold(self, extract: Extract, comparisons: Sequence[Comparison]) -> list[str]:
         """Why the changes must not be written yet; what was approved or forced is logged."""
         approved, summary = self.approved, self.summary
-        excesses = over_limits(
-            comparisons, self.config.limits, approved.folder / "diff" if approved else None
-        )
+        held_diff = approved.folder / "diff" if approved else None
+        past = past_files(self.run.earlier())
+        excesses = over_limits(comparisons, self.config.limits, past, held_diff)
         reasons = [excess.sentence for excess in excesses if not excess.approved]
         allowed = [excess for excess in excesses if excess.approved]
         stale = too_old(extract, self.config.sftp.max_age_hours)
@@ -5916,9 +6036,8 @@ class Sync:
 
     def apply_changes(self, database: Database, comparisons: Sequence[Comparison]) -> Failures:
         """Apply the changes of every file in the order of the SQLDiff elements."""
-        path, limit = self.folder / FAILURES_NAME, self.config.limits.max_failures
-        phases = self.display.phase("apply", len(comparisons))
-        with Failures(path, limit) as failures, phases as phase:
+        failures = Failures(self.folder, self.config.limits.max_failures)
+        with self.display.phase("apply", len(comparisons)) as phase:
             for found, summary in zip(comparisons, self.summary.files, strict=True):
                 began = time.monotonic()
                 wanted = summary.total("found") - summary.total("left_alone")
@@ -5977,6 +6096,36 @@ class Sync:
             rows = list(csv.DictReader(file))
         return {(row["file"], row["operation"], row["key"]): int(row["runs"]) for row in rows}
 
+    def check_statement_files(self, made: Mapping[str, int]) -> None:
+        """Raise HeldError for a file with far fewer rows than in the last complete run.
+
+        What such a file lacks is deleted at SameGoal.
+        """
+        runs = [run.summary for run in self.run.earlier() if run.complete and run.summary]
+        held = self.approved.summary if self.approved else None
+        reasons = []
+        for statement in self.config.statements:
+            file, limit = statement.file, statement.max_shrink
+            before = next((run.statement_files[file] for run in runs
+                           if file in run.statement_files), 0) if file else 0  # fmt: skip
+            if not (file and limit) or limit.allows(before - made[file], before):
+                continue
+            reason = (
+                f"{file}: {plural(made[file], 'row')} instead of {before:,} in the last complete "
+                f"run, maxShrink is {limit}"
+            )
+            self.summary.over_limits.append(reason)
+            approved = held.statement_files.get(file, before) if held else before
+            if not self.options.force and made[file] < approved:
+                reasons.append(reason)
+        if reasons:
+            raise HeldError(
+                f"nothing was uploaded: {'; '.join(reasons)}. The database is up to date: "
+                f"{self.summary.changes()}",
+                f"look at {self.folder}; if the file is right, approve it:\n"
+                f"{self.options.typed('sync', '--approve', self.summary.epoch)}",
+            )
+
     def conclude(self) -> None:
         """The outcome of a run that has applied everything, as it is pushed."""
         problems = []
@@ -6017,9 +6166,11 @@ def run_schoolinks(options: SchooLinksOptions) -> int:
     """The nightly files for SchooLinks: query, build, check all of them, then upload."""
     with open_run(options) as run, only_run(run, "schoolinks"):
         config = load_config(options.config, SchooLinksConfig)
+        if not (options.dry_run or options.force) and paused(run, config):
+            return 0
         settings = config.schoolinks
         login, server = schoolinks_credentials(settings, options.home)
-        warn_of_readable(config.path, *config.secret_files)
+        warn_of_readable(config)
         keep_secret(config.secrets | {login.password, server.password, server.passphrase})
         with Display(options.terminal) as display:
             with display.phase("PowerSchool"):
@@ -6208,6 +6359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(error.code or 0)
     with console_log(options), signals_interrupt(), owner_only():
         try:
+            load_environment(options.home)
             return run(options)
         except BrokenPipeError:  # Whoever read our output has enough.
             return 1

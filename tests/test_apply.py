@@ -295,11 +295,12 @@ def test_apply_fails_the_bad_rows_alone(home: homes.Home, which: Sequence[int]) 
     assert home.sis_rows() == [row for n, row in enumerate(ROWS) if n not in which]
     kind = home.database.kind
     found = failures(home)
-    assert found[0] == ["operation", "key", "procedure", "error"]
+    assert found[0] == ["operation", "key", "line", "procedure", "error"]
     name = "SQL" if kind == "sqlite" else "sg_iep_upsert"
-    assert [row[:3] for row in found[1:]] == [["insert", key(ROWS[n]), name] for n in which]
+    told = [["insert", key(ROWS[n]), str(n + 2), name] for n in which]
+    assert [row[:4] for row in found[1:]] == told
     for row, n in zip(found[1:], which, strict=True):
-        assert row[3].startswith(REASON[kind].format(ROWS[n][0]))
+        assert row[4].startswith(REASON[kind].format(ROWS[n][0]))
     assert undone_batches(home) == len({n // 3 for n in which if n != 6})  # 6 stands alone
     assert home.counts("found") == (len(ROWS), 0, 0)
     assert home.counts("failed") == (len(which), 0, 0)
@@ -330,7 +331,7 @@ def test_apply_tells_bad_rows_of_every_operation(postgres_home: homes.Home) -> N
         ["update", key(ROWS[2])],
         ["insert", key(ROWS[0])],
     ]
-    assert failures(home)[1][3] == "sg_iep_delete: ERROR: document of 1001 is locked"
+    assert failures(home)[1][4] == "sg_iep_delete: ERROR: document of 1001 is locked"
     assert home.sis_rows() == [ROWS[1], (*ROWS[2][:3], "Old"), ROWS[3]]
 
 
@@ -377,7 +378,7 @@ def test_apply_tells_no_personal_data(postgres_home: homes.Home) -> None:
     ]
     home.extract(files={"iep.csv": "\r\n".join(lines)})
     assert home.main("--verbose") == 8
-    assert [row[1:] for row in failures(home)[1:]] == [
+    assert [[row[1], *row[3:]] for row in failures(home)[1:]] == [
         [
             f"studentNumber={number}, startDate=2026-01-05",
             "sg_iep_upsert",
@@ -592,12 +593,25 @@ def test_apply_ends_at_once_when_it_is_interrupted(postgres_home: homes.Home) ->
 
 
 def test_failures_are_in_the_file_at_once(tmp_path: Path) -> None:
-    """Whatever happens to the run afterwards."""
-    path = tmp_path / "failures.csv"
-    with sgsync.Failures(path, 5) as found:
-        assert not path.exists()
-        error: Any = sgsync.DatabaseError('p: a "bad" value,\nreally')
-        found.add("iep.csv", "insert", "id=1", "p", error)
-        assert path.read_text(encoding="utf-8") == (
-            'operation,key,procedure,error\ninsert,id=1,p,"p: a ""bad"" value,\nreally"\n'
-        )
+    """Whatever happens to the run afterwards; with the line and, to be corrected, the row."""
+    source = 'id,name\r\n1,"A\nb"\r\n2,"say ""x"""\r\n3,Cid\r\n'
+    (tmp_path / "ia.csv").write_bytes(source.encode())
+    (tmp_path / "ic.csv").write_bytes(b"id,name\r\n0,Zed\r\n")
+    calls = {name: sgsync.Call(procedure="p") for name in ("insert", "delete")}
+    sql_diff = sgsync.SqlDiff(file="iep.csv", key=("id",), calls=calls)
+    paths = [tmp_path / name for name in ("ia.csv", "ic.csv", "diff.csv")]
+    found = sgsync.compare(*paths, sql_diff)
+    failures = sgsync.Failures(tmp_path, 5)
+    assert not (tmp_path / "failures.csv").exists()
+    error: Any = sgsync.DatabaseError('p: a "bad" value,\nreally')
+    failures.add(found, "insert", ("2", 'say "x"'), error)
+    told = 'operation,key,line,procedure,error\r\ninsert,id=2,4,p,"p: a ""bad"" value,\nreally"\r\n'
+    assert (tmp_path / "failures.csv").read_bytes().decode() == told
+    rejected = tmp_path / "failures" / "iep.csv"
+    assert rejected.read_bytes() == b'id,name\r\n2,"say ""x"""\r\n'
+    failures.add(found, "insert", ("1", "A\nb"), error)  # again from the first row on
+    failures.add(found, "delete", ("0", "Zed"), error)
+    rows = list(csv.reader((tmp_path / "failures.csv").open(encoding="utf-8", newline="")))
+    assert [row[:3] for row in rows[2:]] == [["insert", "id=1", "2"], ["delete", "id=0", ""]]
+    assert rejected.read_bytes() == b'id,name\r\n2,"say ""x"""\r\n1,"A\nb"\r\n'
+    assert found.line_of(("9", "x")) == 0
