@@ -10,22 +10,29 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_PACKAGES := unixodbc libsqliteodbc
 TEST_PACKAGES := $(DEMO_PACKAGES) openssh-server postgresql odbc-postgresql
+CACHE ?= /var/cache/sgsync-ci
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench faults clean demo-packages test-packages
+.PHONY: help demo test test-newest lint bench faults clean demo-packages test-packages
 
 help: ## lists the targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 19
 
-demo: demo-packages $(VENV)/demo.stamp ## three nights of sync, two of schoolinks, on servers of its own
+demo: demo-packages $(VENV)/demo.stamp ## nights of sync and schoolinks on servers of its own; ARGS=--keep to try more
 	$(BIN)/python tests/demo.py $(ARGS)
 
 test: test-packages $(VENV)/test.stamp ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-newest: ## the command-line tests on the newest Python to be had
+	@PYTHON="$(PYTHON)" PACKAGES="$(TEST_PACKAGES)" CACHE="$(CACHE)" \
+	    sh tests/support/newest.sh $(or $(ARGS),tests/test_cli.py)
+
+# the third line: a Python that is too old must be able to compile sgsync.py, which then says so
 lint: $(VENV)/test.stamp ## format, rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --quiet --isolated --target-version py38 --select PLE0100 sgsync.py
 	$(BIN)/mypy
 
 bench: test-packages $(VENV)/test.stamp ## speed and memory, as a table

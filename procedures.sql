@@ -1,57 +1,66 @@
--- procedures.sql: the tables and stored procedures that config.xml calls.
+-- procedures.sql: the tables and stored procedures that config.xml uses.
 --
--- For Microsoft SQL Server 2012 and later (database compatibility level 110 and later).
+-- For Microsoft SQL Server 2012 or later (database compatibility level 110 or higher).
 --
 -- HOW TO RUN IT
---   SQL Server Management Studio: choose the SIS database in the toolbar's list, open this file,
---   press Execute. Or, from a command prompt:
+--   First edit section 2: the cutover date and the names of your own tables.
+--   SQL Server Management Studio: select the SIS database in the toolbar, open this file, press
+--   Execute. Or, from a command prompt:
 --     sqlcmd -S SERVER -d DATABASE -E -b -i procedures.sql
---   Run it again whenever it changes. A second run changes no data and loses no permission: tables
---   that exist are left alone, and procedures are altered, never dropped.
+--   Run it again whenever it changes. Rerunning it keeps all data, permissions, and the cutover
+--   date: existing tables are left alone, and procedures are altered, never dropped.
 --
--- WHAT IT MAKES
+-- WHAT IT CREATES
 --   in the schema samegoal   in the schema dbo
---   Student                  (nothing: the district's students are only read)
+--   Settings                 (the cutover date)
+--   Student                  (nothing: students are only read)
 --   IEP                      sg_iep_upsert, sg_iep_delete
 --   ServicesPlan             sg_services_plan_upsert, sg_services_plan_delete
 --   EvaluationTeamReport     sg_evaluation_team_report_upsert, sg_evaluation_team_report_delete
 --   SpecialEdDate            sg_special_ed_date_upsert, sg_special_ed_date_delete
 --   ProgramFlag              sg_program_flag_upsert, sg_program_flag_delete, sg_cleanup
---   Nothing outside the schema samegoal and the names dbo.sg_* is made or changed.
+--   It creates and changes nothing outside the schema samegoal and the names dbo.sg_*.
 --
--- RULES THAT EVERY PROCEDURE KEEPS
---   * Parameters have the names and the order of the columns of the CSV file. Every value is text
---     or NULL: dates YYYY-MM-DD, bits 0 or 1. The procedure converts and checks it, so that a bad
---     value is refused with the row's key; nothing is ever cut short to fit.
+-- WHAT IS AN ILLUSTRATION
+--   SameGoal does not publish the files and columns of its nightly extract, and Infinite Campus
+--   does not publish its base tables for IEPs and services plans. The tables, columns, and
+--   parameters below illustrate both: compare them with your own extract and database, and change
+--   table, procedure, and query together. Section 2 lists what is public.
+--
+-- RULES FOR EVERY PROCEDURE
+--   * Parameters have the names and the order of the CSV file's columns. Every value is text or
+--     NULL: dates YYYY-MM-DD, bits 0 or 1. The procedure converts and checks each value and
+--     refuses a bad one with the row's key; it never shortens a value to fit.
+--   * Nothing before the cutover date (samegoal.Settings) is touched: the queries in config.xml do
+--     not show such rows, and the procedures refuse them.
 --   * A call for a row that already matches changes nothing, not even modifiedDate. So a run that
---     broke off may simply be run again.
---   * Text is compared exactly (Latin1_General_BIN2), as the nightly comparison does it. Under the
---     usual case-insensitive collation "Ab" would count as equal to "AB" here and as different
---     there, and the row would come back every night.
---   * A completed document is a locked one. The query in config.xml shows whether it is locked, so
---     one that staff unlocked is seen as a difference, and the upsert locks it again.
---   * Nothing is deleted from a table: special education records must be kept. A row that SameGoal
---     no longer has gets a retiredDate, a program flag its endDate too; the queries in config.xml
---     leave retired rows out, and so must the district's reports. When SameGoal sends the row
---     again, the upsert brings it back.
---   * The transaction is the caller's: no procedure begins, commits or rolls back. XACT_ABORT is
---     off inside them, because with it on one bad row would roll back its whole batch on the
---     server, and the rows behind it would run, and stay, outside any transaction.
---   * Errors are thrown with number 50001 and name the record, the student number and the key; no
---     student's name occurs in any table, parameter or message. Deadlocks (1205), lock time-outs
---     (1222) and whatever dooms the transaction are thrown on unchanged, so that the caller can
---     try again.
+--     was interrupted can simply be run again.
+--   * Text is compared exactly (Latin1_General_BIN2), as in the nightly comparison. With the usual
+--     case-insensitive collation, "Ab" and "AB" would match here but differ there, and the row
+--     would come back every night.
+--   * A completed document is locked. The query in config.xml shows whether it is, so a document
+--     that staff unlocked counts as a difference, and the upsert locks it again.
+--   * No row is ever deleted: special education records must be kept. A row that SameGoal no longer
+--     has gets a retiredDate, and a program flag also an endDate. The queries in config.xml leave
+--     retired rows out; your reports must do the same. If SameGoal sends the row again, the upsert
+--     restores it.
+--   * The transaction belongs to the caller: no procedure begins, commits, or rolls back.
+--     XACT_ABORT is off, because with it one bad row would roll back its whole batch on the server,
+--     and the rows after it would run, and stay, outside any transaction.
+--   * Errors have number 50001 and name the record, the student number, and the key. No table,
+--     parameter, or message holds a student's name. Deadlocks (1205), lock timeouts (1222), and
+--     anything that dooms the transaction are rethrown unchanged, so that the caller can retry.
 
--- sqlcmd turns QUOTED_IDENTIFIER off, and procedures keep the setting they were made under.
+-- sqlcmd turns QUOTED_IDENTIFIER off, and a procedure keeps the setting it was created with.
 SET ANSI_NULLS ON;
 SET QUOTED_IDENTIFIER ON;
 SET NOCOUNT ON;
 GO
 
--- NOEXEC makes the server skip all that follows, up to the last line of this file.
+-- NOEXEC makes the server skip everything up to the last line of this file.
 IF DB_ID() <= 4
 BEGIN
-    RAISERROR (N'This is a system database: choose the database of the SIS first.', 16, 1);
+    RAISERROR (N'This is a system database: select the SIS database first.', 16, 1);
     SET NOEXEC ON;
 END;
 GO
@@ -67,36 +76,80 @@ GO
 -- 1. The schema
 ----------------------------------------------------------------------------------------------------
 
--- Owned by dbo like the procedures: whoever may execute a procedure needs no right on the tables.
+-- Owned by dbo like the procedures, so executing a procedure needs no permission on the tables.
 IF SCHEMA_ID(N'samegoal') IS NULL
     EXEC (N'CREATE SCHEMA samegoal AUTHORIZATION dbo;');
 GO
 
 ----------------------------------------------------------------------------------------------------
--- 2. The district's own tables
---
--- On an empty database leave this section as it is: section 3 makes every table, and after
+-- 2. What your district sets: the cutover date and its own tables
+----------------------------------------------------------------------------------------------------
+
+IF OBJECT_ID(N'samegoal.Settings') IS NULL
+    CREATE TABLE samegoal.Settings (
+        onlyRow bit NOT NULL
+            CONSTRAINT PK_samegoal_Settings PRIMARY KEY
+            CONSTRAINT CK_samegoal_Settings CHECK (onlyRow = 1),
+        cutoverDate date NOT NULL
+    );
+GO
+
+-- The cutover date: the first day that belongs to SameGoal. Records that start, meet, or are dated
+-- before it are left exactly as they are. Put it here in place of NULL, for example '2024-07-01',
+-- and nowhere else. NULL keeps the date of an earlier run, or 1900-01-01 (no cutover) if there was
+-- none; no cutover is right only if every table is one that section 3 creates.
+DECLARE @cutoverDate date = NULL;
+
+UPDATE samegoal.Settings
+SET cutoverDate = @cutoverDate
+WHERE cutoverDate <> @cutoverDate;
+
+INSERT INTO samegoal.Settings (onlyRow, cutoverDate)
+SELECT 1, ISNULL(@cutoverDate, '1900-01-01')
+WHERE NOT EXISTS (SELECT 1 FROM samegoal.Settings);
+GO
+
+-- YOUR OWN TABLES
+-- On an empty database change nothing here: section 3 creates every table, and after
 --     INSERT INTO samegoal.Student (studentNumber, stateID) VALUES (N'100001', N'AB1234567');
--- the whole integration can be tried. For real use give the names of section 3 to the district's
--- own tables here; whatever is named here is not created below. A name can be
---   * a synonym, where the columns have the names and types that section 3 shows:
+-- you can try the whole integration. For real use, give your own tables the names from section 3;
+-- whatever has its name here is not created below. A name can be
+--   * a synonym, if the table has the columns and types that section 3 shows:
 --         CREATE SYNONYM samegoal.ProgramFlag FOR OtherDatabase.dbo.SpecialEdFlag;
---   * a view, where they have other names; with INSTEAD OF triggers, where one row is kept in more
---     than one table.
--- A table that an earlier run made must be dropped before its name can be given to something else.
--- Mind that
---   * a table that also holds rows which SameGoal did not make must be seen through a view that
---     leaves them out, or all of them would be retired on the first night. (The limits in
---     config.xml hold such a run back: do not force it.)
---   * retiredDate, and endedByExit of ProgramFlag, need a place. Where the SIS has none, keep them
---     in a table of your own, join it in the view, and write both in the INSTEAD OF triggers.
---   * the table needs a unique index on the columns of the UNIQUE constraint in section 3: it keeps
---     two sessions from inserting one record twice.
--- A column that is missing makes an ALTER PROCEDURE below fail, and its message names the column.
+--   * a view, if the columns have other names; with INSTEAD OF triggers if one row is stored in
+--     more than one table.
+-- Drop a table that an earlier run created before you give its name to something else.
+-- Keep in mind:
+--   * Set the cutover date above. The script stops without one if any of these names is yours.
+--   * If a table also holds rows that SameGoal did not create, use a view that leaves them out;
+--     otherwise all of them would be retired on the first night. (The limits in config.xml hold
+--     such a run: do not force it.)
+--   * retiredDate, and endedByExit of ProgramFlag, need a place. If the SIS has none, keep them in
+--     a table of your own, join it in the view, and write both in the INSTEAD OF triggers.
+--   * The table needs a unique index on the columns of the UNIQUE constraint in section 3. It keeps
+--     two sessions from inserting the same record twice.
+-- If a column is missing, ALTER PROCEDURE fails below, and its message names the column.
+--
+-- What Infinite Campus publishes (Campus help: "Special Ed Dates Tab (Ohio)", "EMIS Special Ed
+-- Reported Fields (Ohio)"; the rest from SQL that districts have published):
+--     section 3                            Infinite Campus
+--     EvaluationTeamReport.meetingDate     Evaluation.date
+--     EvaluationTeamReport.evaluationType  Evaluation.type
+--     EvaluationTeamReport.referralDate    Evaluation.referralDate
+--     SpecialEdDate.statusDate             SpecialEdDates.statusDate
+--     SpecialEdDate.outcome                SpecialEdDates.outcome
+--     SpecialEdDate.nonCompliance          SpecialEdDates.nonCompliance
+--     SpecialEdDate.outcomeBeginningDate   SpecialEdDates.outcomeBeginningDate
+--     SpecialEdDate.outcomeEndDate         SpecialEdDates.outcomeEndDate
+--     ProgramFlag.flag                     Program.name
+--     ProgramFlag.startDate, .endDate      ProgramParticipation.startDate, .endDate
+-- Campus reports the evaluation's events (RFRL, CNST, IETR, RETR, TETR) from Evaluation itself. Do
+-- not also write them to SpecialEdDates there, or the state gets them twice.
 --
 -- Infinite Campus keeps students in dbo.Person and their enrollments in dbo.Enrollment. This view
--- is enough for reading them; remove the leading dashes to use it. A student left on the last day
--- of the last enrollment, if no enrollment is without an end.
+-- is enough to read them; remove the leading dashes to use it. It leaves out no-shows, enrollments
+-- excluded from state reporting, and enrollments of next year; a student who has no others is not
+-- in it. A student has left on the last day of the last enrollment, unless one is still open.
 --
 -- IF OBJECT_ID(N'samegoal.Student') IS NULL
 --     EXEC (N'CREATE VIEW samegoal.Student AS SELECT 1 AS personID;');
@@ -107,25 +160,22 @@ GO
 --     p.personID,
 --     p.studentNumber,
 --     p.stateID,
---     (
---         SELECT CAST(MAX(e.endDate) AS date)
---         FROM dbo.Enrollment AS e
---         WHERE e.personID = p.personID
---             AND NOT EXISTS (
---                 SELECT 1
---                 FROM dbo.Enrollment AS o
---                 WHERE o.personID = p.personID AND o.endDate IS NULL
---             )
---     ) AS exitDate
+--     CASE WHEN COUNT(*) = COUNT(e.endDate) THEN CAST(MAX(e.endDate) AS date) END AS exitDate
 -- FROM dbo.Person AS p
--- WHERE p.studentNumber IS NOT NULL;
+--     INNER JOIN dbo.Enrollment AS e ON e.personID = p.personID
+-- WHERE p.studentNumber IS NOT NULL
+--     AND ISNULL(e.noShow, 0) = 0
+--     AND ISNULL(e.stateExclude, 0) = 0
+--     AND e.endYear <= (SELECT MAX(y.endYear) FROM dbo.SchoolYear AS y WHERE y.active = 1)
+-- GROUP BY p.personID, p.studentNumber, p.stateID;
 -- GO
 ----------------------------------------------------------------------------------------------------
 
 ----------------------------------------------------------------------------------------------------
--- 3. Tables, made only where section 2 (or an earlier run) has not named something else
+-- 3. Tables, created only where section 2 (or an earlier run) has not named something else
 --
--- There are no foreign keys, because samegoal.Student may be a view or a synonym.
+-- Their columns illustrate SameGoal's files. There are no foreign keys, because samegoal.Student
+-- may be a view or a synonym.
 ----------------------------------------------------------------------------------------------------
 
 IF OBJECT_ID(N'samegoal.Student') IS NULL
@@ -134,9 +184,9 @@ IF OBJECT_ID(N'samegoal.Student') IS NULL
         -- SameGoal's limit for a student number is 20 characters.
         studentNumber nvarchar(20) COLLATE Latin1_General_BIN2 NOT NULL
             CONSTRAINT UQ_samegoal_Student UNIQUE,
-        -- The student's number in state reporting.
+        -- The student's ID in state reporting.
         stateID nvarchar(20) NULL,
-        -- The day on which the student left the district; NULL: has not left.
+        -- The day the student left the district; NULL if the student has not left.
         exitDate date NULL
     );
 GO
@@ -205,16 +255,17 @@ IF OBJECT_ID(N'samegoal.SpecialEdDate') IS NULL
         specialEdDateID int IDENTITY (1, 1) NOT NULL
             CONSTRAINT PK_samegoal_SpecialEdDate PRIMARY KEY NONCLUSTERED,
         personID int NOT NULL,
+        -- The EMIS date type of SameGoal's crosswalk (GE100), such as RFRL, CNST, or IETR.
         eventType nvarchar(20) COLLATE Latin1_General_BIN2 NOT NULL,
-        eventDate date NOT NULL,
+        statusDate date NOT NULL,
         outcome nvarchar(20) NULL,
-        outcomeBeginDate date NULL,
-        outcomeEndDate date NULL,
         nonCompliance nvarchar(20) NULL,
+        outcomeBeginningDate date NULL,
+        outcomeEndDate date NULL,
         retiredDate date NULL,
         modifiedDate datetime2(0) NOT NULL,
-        CONSTRAINT UQ_samegoal_SpecialEdDate UNIQUE CLUSTERED (personID, eventType, eventDate),
-        CONSTRAINT CK_samegoal_SpecialEdDate_dates CHECK (outcomeEndDate >= outcomeBeginDate)
+        CONSTRAINT UQ_samegoal_SpecialEdDate UNIQUE CLUSTERED (personID, eventType, statusDate),
+        CONSTRAINT CK_samegoal_SpecialEdDate_dates CHECK (outcomeEndDate >= outcomeBeginningDate)
     );
 GO
 
@@ -226,9 +277,9 @@ IF OBJECT_ID(N'samegoal.ProgramFlag') IS NULL
         flag nvarchar(50) COLLATE Latin1_General_BIN2 NOT NULL,
         startDate date NOT NULL,
         endDate date NULL,
-        -- 1: dbo.sg_cleanup set endDate, because the student left. SameGoal knows nothing of that
-        -- date, so the comparison must see the flag as open, or the two would undo each other's
-        -- work every night.
+        -- 1: dbo.sg_cleanup set endDate because the student left. SameGoal does not know that date,
+        -- so the comparison must see the flag as open, or the two would undo each other's work
+        -- every night.
         endedByExit bit NOT NULL,
         retiredDate date NULL,
         modifiedDate datetime2(0) NOT NULL,
@@ -237,11 +288,31 @@ IF OBJECT_ID(N'samegoal.ProgramFlag') IS NULL
     );
 GO
 
+-- A table of the district's own holds records from before SameGoal: without a cutover date, the
+-- first run would retire them.
+IF (SELECT cutoverDate FROM samegoal.Settings) = '1900-01-01'
+    AND (
+        OBJECT_ID(N'samegoal.IEP', N'U') IS NULL
+        OR OBJECT_ID(N'samegoal.ServicesPlan', N'U') IS NULL
+        OR OBJECT_ID(N'samegoal.EvaluationTeamReport', N'U') IS NULL
+        OR OBJECT_ID(N'samegoal.SpecialEdDate', N'U') IS NULL
+        OR OBJECT_ID(N'samegoal.ProgramFlag', N'U') IS NULL
+    )
+BEGIN
+    RAISERROR (
+        N'Section 2 names a table of your own: set the cutover date there, then run this again.',
+        16,
+        1
+    );
+    SET NOEXEC ON;
+END;
+GO
+
 ----------------------------------------------------------------------------------------------------
 -- 4. Helpers
 --
--- A function or procedure is first made empty where it is missing, then altered to what it is:
--- ALTER keeps the permissions that were granted on it, DROP and CREATE would lose them.
+-- A missing function or procedure is first created empty, then altered. ALTER keeps the permissions
+-- granted on it; DROP and CREATE would lose them.
 ----------------------------------------------------------------------------------------------------
 
 IF OBJECT_ID(N'samegoal.to_date', N'FN') IS NULL
@@ -251,8 +322,8 @@ IF OBJECT_ID(N'samegoal.to_date', N'FN') IS NULL
     );
 GO
 
--- The date that @text writes as YYYY-MM-DD; NULL for anything else. The pattern is there because
--- TRY_CONVERT alone takes other ways of writing a date, too.
+-- @text (YYYY-MM-DD) as a date; NULL for anything else. TRY_CONVERT alone would accept other
+-- formats.
 ALTER FUNCTION samegoal.to_date (@text nvarchar(4000))
 RETURNS date
 WITH SCHEMABINDING
@@ -272,14 +343,14 @@ IF OBJECT_ID(N'samegoal.to_person_id', N'FN') IS NULL
     );
 GO
 
--- The personID of the one student who has this number; NULL when none or several have it.
+-- The personID of the student with this number; NULL if no student or more than one has it.
 ALTER FUNCTION samegoal.to_person_id (@studentNumber nvarchar(4000))
 RETURNS int
 AS
 BEGIN
     DECLARE @personID int;
 
-    -- The first condition can use an index in the column's own collation; the second is exact.
+    -- The first condition can use an index with the column's collation; the second is exact.
     SELECT @personID = CASE WHEN MIN(personID) = MAX(personID) THEN MIN(personID) END
     FROM samegoal.Student
     WHERE studentNumber = @studentNumber
@@ -289,12 +360,41 @@ BEGIN
 END;
 GO
 
+IF OBJECT_ID(N'samegoal.cutover_problem', N'FN') IS NULL
+    EXEC (
+        N'CREATE FUNCTION samegoal.cutover_problem (@column nvarchar(100), @date date) '
+        + N'RETURNS nvarchar(4000) AS BEGIN RETURN NULL; END;'
+    );
+GO
+
+-- What to tell the user if @date, the value of @column, is before the cutover date; otherwise NULL.
+ALTER FUNCTION samegoal.cutover_problem (@column nvarchar(100), @date date)
+RETURNS nvarchar(4000)
+AS
+BEGIN
+    DECLARE @cutover date = (SELECT cutoverDate FROM samegoal.Settings);
+
+    RETURN CASE
+        WHEN @cutover IS NULL
+            THEN N'samegoal.Settings has no cutover date. Try: run procedures.sql again'
+        WHEN @date < @cutover
+            THEN CONCAT(
+                @column,
+                N' is before the cutover date ',
+                CONVERT(char(10), @cutover, 23),
+                N'. Try: have SameGoal leave older records out of the extract, or correct the ',
+                N'cutover date in section 2 of procedures.sql'
+            )
+    END;
+END;
+GO
+
 IF OBJECT_ID(N'samegoal.fail', N'P') IS NULL
     EXEC (N'CREATE PROCEDURE samegoal.fail AS SELECT 1;');
 GO
 
--- Throws error 50001, "<record> of student <number>, <key>: <problem>". THROW and not RAISERROR,
--- because THROW also ends the procedure that called this one.
+-- Throws error 50001, "<record> of student <number>, <key>: <problem>". Unlike RAISERROR, THROW
+-- also ends the calling procedure.
 ALTER PROCEDURE samegoal.fail
     @record nvarchar(100),
     @studentNumber nvarchar(4000),
@@ -310,7 +410,7 @@ BEGIN
         + N', ' + ISNULL(LEFT(@key, 100), N'(no key)')
         + N': ' + LEFT(@problem, 700);
 
-    -- THROW reads a per cent sign as the start of a placeholder.
+    -- THROW reads a percent sign as the start of a placeholder.
     SET @message = REPLACE(@message, N'%', N'%%');
 
     THROW 50001, @message, 1;
@@ -325,10 +425,10 @@ IF OBJECT_ID(N'dbo.sg_iep_upsert', N'P') IS NULL
     EXEC (N'CREATE PROCEDURE dbo.sg_iep_upsert AS SELECT 1;');
 GO
 
--- Makes the IEP what the parameters say, and locked. UPDATE first, INSERT if it touched no row; the
--- UPDATE touches none either when the row already matches, so the INSERT looks once more itself.
--- UPDLOCK and HOLDLOCK keep others off the key, even one that is not there yet, until the caller's
--- transaction ends.
+-- Writes the IEP as the parameters give it, and locks it. UPDATE first, then INSERT if no row was
+-- updated. A row that already matches is not updated either, so the INSERT checks that the row is
+-- missing. UPDLOCK and HOLDLOCK keep others off the key, even a key that does not exist yet, until
+-- the caller's transaction ends.
 ALTER PROCEDURE dbo.sg_iep_upsert
     @studentNumber nvarchar(4000),
     @startDate nvarchar(4000),
@@ -353,12 +453,14 @@ BEGIN
     DECLARE @esy bit = TRY_CONVERT(bit, @extendedSchoolYear);
     DECLARE @transport bit = TRY_CONVERT(bit, @specialTransportation);
     DECLARE @alternate bit = TRY_CONVERT(bit, @alternateAssessment);
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'startDate', @start);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @start IS NULL THEN N'startDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
         WHEN @endDate IS NOT NULL AND @end IS NULL THEN N'endDate is not a date (YYYY-MM-DD)'
-        WHEN @end < @start THEN N'endDate lies before startDate'
+        WHEN @end < @start THEN N'endDate is before startDate'
         WHEN @meetingDate IS NOT NULL AND @meeting IS NULL
             THEN N'meetingDate is not a date (YYYY-MM-DD)'
         WHEN LEN(@meetingType) > 20 THEN N'meetingType is longer than 20 characters'
@@ -464,7 +566,7 @@ IF OBJECT_ID(N'dbo.sg_iep_delete', N'P') IS NULL
     EXEC (N'CREATE PROCEDURE dbo.sg_iep_delete AS SELECT 1;');
 GO
 
--- Retires the IEP. A call for one that is not there, or is retired already, changes nothing.
+-- Retires the IEP. If it does not exist or is already retired, nothing changes.
 ALTER PROCEDURE dbo.sg_iep_delete
     @studentNumber nvarchar(4000),
     @startDate nvarchar(4000)
@@ -476,10 +578,12 @@ BEGIN
     DECLARE @personID int = samegoal.to_person_id(@studentNumber);
     DECLARE @start date = samegoal.to_date(@startDate);
     DECLARE @today date = SYSDATETIME();
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'startDate', @start);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @start IS NULL THEN N'startDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
     END;
 
     IF @problem IS NOT NULL
@@ -531,12 +635,14 @@ BEGIN
     DECLARE @end date = samegoal.to_date(@endDate);
     DECLARE @meeting date = samegoal.to_date(@meetingDate);
     DECLARE @transport bit = TRY_CONVERT(bit, @specialTransportation);
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'startDate', @start);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @start IS NULL THEN N'startDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
         WHEN @endDate IS NOT NULL AND @end IS NULL THEN N'endDate is not a date (YYYY-MM-DD)'
-        WHEN @end < @start THEN N'endDate lies before startDate'
+        WHEN @end < @start THEN N'endDate is before startDate'
         WHEN @meetingDate IS NOT NULL AND @meeting IS NULL
             THEN N'meetingDate is not a date (YYYY-MM-DD)'
         WHEN LEN(@primaryDisability) > 50 THEN N'primaryDisability is longer than 50 characters'
@@ -636,10 +742,12 @@ BEGIN
     DECLARE @personID int = samegoal.to_person_id(@studentNumber);
     DECLARE @start date = samegoal.to_date(@startDate);
     DECLARE @today date = SYSDATETIME();
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'startDate', @start);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @start IS NULL THEN N'startDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
     END;
 
     IF @problem IS NOT NULL
@@ -691,10 +799,12 @@ BEGIN
     DECLARE @meeting date = samegoal.to_date(@meetingDate);
     DECLARE @referral date = samegoal.to_date(@referralDate);
     DECLARE @consent date = samegoal.to_date(@consentDate);
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'meetingDate', @meeting);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @meeting IS NULL THEN N'meetingDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
         WHEN LEN(@evaluationType) > 20 THEN N'evaluationType is longer than 20 characters'
         WHEN @referralDate IS NOT NULL AND @referral IS NULL
             THEN N'referralDate is not a date (YYYY-MM-DD)'
@@ -802,10 +912,12 @@ BEGIN
     DECLARE @personID int = samegoal.to_person_id(@studentNumber);
     DECLARE @meeting date = samegoal.to_date(@meetingDate);
     DECLARE @today date = SYSDATETIME();
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'meetingDate', @meeting);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @meeting IS NULL THEN N'meetingDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
     END;
 
     IF @problem IS NOT NULL
@@ -830,45 +942,51 @@ END;
 GO
 
 ----------------------------------------------------------------------------------------------------
--- 8. Special education dates (special_ed_dates.csv; key: studentNumber, eventType, eventDate)
+-- 8. Special education dates (special_ed_dates.csv; key: studentNumber, eventType, statusDate)
 ----------------------------------------------------------------------------------------------------
 
 IF OBJECT_ID(N'dbo.sg_special_ed_date_upsert', N'P') IS NULL
     EXEC (N'CREATE PROCEDURE dbo.sg_special_ed_date_upsert AS SELECT 1;');
 GO
 
--- Like dbo.sg_iep_upsert.
+-- Like dbo.sg_iep_upsert. EMIS writes 00000000 for a date that an event does not have, such as the
+-- outcome beginning date of an IETR. It is stored as NULL; the query shows it as 00000000 again.
 ALTER PROCEDURE dbo.sg_special_ed_date_upsert
     @studentNumber nvarchar(4000),
     @eventType nvarchar(4000),
-    @eventDate nvarchar(4000),
+    @statusDate nvarchar(4000),
     @outcome nvarchar(4000),
-    @outcomeBeginDate nvarchar(4000),
-    @outcomeEndDate nvarchar(4000),
-    @nonCompliance nvarchar(4000)
+    @nonCompliance nvarchar(4000),
+    @outcomeBeginningDate nvarchar(4000),
+    @outcomeEndDate nvarchar(4000)
 AS
 BEGIN
     SET NOCOUNT ON;
     SET XACT_ABORT OFF;
 
+    SET @outcomeBeginningDate = NULLIF(@outcomeBeginningDate, N'00000000');
+    SET @outcomeEndDate = NULLIF(@outcomeEndDate, N'00000000');
+
     DECLARE @personID int = samegoal.to_person_id(@studentNumber);
-    DECLARE @event date = samegoal.to_date(@eventDate);
-    DECLARE @begin date = samegoal.to_date(@outcomeBeginDate);
+    DECLARE @status date = samegoal.to_date(@statusDate);
+    DECLARE @begin date = samegoal.to_date(@outcomeBeginningDate);
     DECLARE @end date = samegoal.to_date(@outcomeEndDate);
-    DECLARE @key nvarchar(4000) = CONCAT(@eventType, N' ', @eventDate);
+    DECLARE @key nvarchar(4000) = CONCAT(@eventType, N' ', @statusDate);
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'statusDate', @status);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @eventType IS NULL THEN N'eventType is missing'
         WHEN LEN(@eventType) > 20 THEN N'eventType is longer than 20 characters'
-        WHEN @event IS NULL THEN N'eventDate is not a date (YYYY-MM-DD)'
+        WHEN @status IS NULL THEN N'statusDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
         WHEN LEN(@outcome) > 20 THEN N'outcome is longer than 20 characters'
-        WHEN @outcomeBeginDate IS NOT NULL AND @begin IS NULL
-            THEN N'outcomeBeginDate is not a date (YYYY-MM-DD)'
+        WHEN LEN(@nonCompliance) > 20 THEN N'nonCompliance is longer than 20 characters'
+        WHEN @outcomeBeginningDate IS NOT NULL AND @begin IS NULL
+            THEN N'outcomeBeginningDate is not a date (YYYY-MM-DD)'
         WHEN @outcomeEndDate IS NOT NULL AND @end IS NULL
             THEN N'outcomeEndDate is not a date (YYYY-MM-DD)'
-        WHEN @end < @begin THEN N'outcomeEndDate lies before outcomeBeginDate'
-        WHEN LEN(@nonCompliance) > 20 THEN N'nonCompliance is longer than 20 characters'
+        WHEN @end < @begin THEN N'outcomeEndDate is before outcomeBeginningDate'
     END;
 
     IF @problem IS NOT NULL
@@ -878,28 +996,28 @@ BEGIN
         UPDATE samegoal.SpecialEdDate WITH (UPDLOCK, HOLDLOCK)
         SET
             outcome = @outcome,
-            outcomeBeginDate = @begin,
-            outcomeEndDate = @end,
             nonCompliance = @nonCompliance,
+            outcomeBeginningDate = @begin,
+            outcomeEndDate = @end,
             retiredDate = NULL,
             modifiedDate = SYSDATETIME()
         WHERE personID = @personID
             AND eventType COLLATE Latin1_General_BIN2 = @eventType
-            AND eventDate = @event
+            AND statusDate = @status
             AND (
                 retiredDate IS NOT NULL
                 OR EXISTS (
                     SELECT
                         outcome COLLATE Latin1_General_BIN2,
-                        outcomeBeginDate,
-                        outcomeEndDate,
-                        nonCompliance COLLATE Latin1_General_BIN2
+                        nonCompliance COLLATE Latin1_General_BIN2,
+                        outcomeBeginningDate,
+                        outcomeEndDate
                     EXCEPT
                     SELECT
                         @outcome,
+                        @nonCompliance,
                         @begin,
-                        @end,
-                        @nonCompliance
+                        @end
                 )
             );
 
@@ -907,28 +1025,28 @@ BEGIN
             INSERT INTO samegoal.SpecialEdDate (
                 personID,
                 eventType,
-                eventDate,
+                statusDate,
                 outcome,
-                outcomeBeginDate,
-                outcomeEndDate,
                 nonCompliance,
+                outcomeBeginningDate,
+                outcomeEndDate,
                 modifiedDate
             )
             SELECT
                 @personID,
                 @eventType,
-                @event,
+                @status,
                 @outcome,
+                @nonCompliance,
                 @begin,
                 @end,
-                @nonCompliance,
                 SYSDATETIME()
             WHERE NOT EXISTS (
                 SELECT 1
                 FROM samegoal.SpecialEdDate WITH (UPDLOCK, HOLDLOCK)
                 WHERE personID = @personID
                     AND eventType COLLATE Latin1_General_BIN2 = @eventType
-                    AND eventDate = @event
+                    AND statusDate = @status
             );
     END TRY
     BEGIN CATCH
@@ -948,21 +1066,23 @@ GO
 ALTER PROCEDURE dbo.sg_special_ed_date_delete
     @studentNumber nvarchar(4000),
     @eventType nvarchar(4000),
-    @eventDate nvarchar(4000)
+    @statusDate nvarchar(4000)
 AS
 BEGIN
     SET NOCOUNT ON;
     SET XACT_ABORT OFF;
 
     DECLARE @personID int = samegoal.to_person_id(@studentNumber);
-    DECLARE @event date = samegoal.to_date(@eventDate);
+    DECLARE @status date = samegoal.to_date(@statusDate);
     DECLARE @today date = SYSDATETIME();
-    DECLARE @key nvarchar(4000) = CONCAT(@eventType, N' ', @eventDate);
+    DECLARE @key nvarchar(4000) = CONCAT(@eventType, N' ', @statusDate);
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'statusDate', @status);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @eventType IS NULL THEN N'eventType is missing'
-        WHEN @event IS NULL THEN N'eventDate is not a date (YYYY-MM-DD)'
+        WHEN @status IS NULL THEN N'statusDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
     END;
 
     IF @problem IS NOT NULL
@@ -975,7 +1095,7 @@ BEGIN
             modifiedDate = SYSDATETIME()
         WHERE personID = @personID
             AND eventType COLLATE Latin1_General_BIN2 = @eventType
-            AND eventDate = @event
+            AND statusDate = @status
             AND retiredDate IS NULL;
     END TRY
     BEGIN CATCH
@@ -995,7 +1115,9 @@ IF OBJECT_ID(N'dbo.sg_program_flag_upsert', N'P') IS NULL
     EXEC (N'CREATE PROCEDURE dbo.sg_program_flag_upsert AS SELECT 1;');
 GO
 
--- A flag that dbo.sg_cleanup ended counts as open here, as it does in the query of config.xml.
+-- A flag that dbo.sg_cleanup ended counts as open here, as in the query in config.xml. A student
+-- can have a flag only once at a time: a second active one is refused, even if the first one
+-- started before the cutover date.
 ALTER PROCEDURE dbo.sg_program_flag_upsert
     @studentNumber nvarchar(4000),
     @flag nvarchar(4000),
@@ -1009,15 +1131,42 @@ BEGIN
     DECLARE @personID int = samegoal.to_person_id(@studentNumber);
     DECLARE @start date = samegoal.to_date(@startDate);
     DECLARE @end date = samegoal.to_date(@endDate);
+    DECLARE @today date = SYSDATETIME();
     DECLARE @key nvarchar(4000) = CONCAT(@flag, N' ', @startDate);
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'startDate', @start);
+    DECLARE @other date = (
+        SELECT MIN(startDate)
+        FROM samegoal.ProgramFlag
+        WHERE personID = @personID
+            AND flag COLLATE Latin1_General_BIN2 = @flag
+            AND startDate <> @start
+            AND retiredDate IS NULL
+            AND (endDate IS NULL OR endDate >= @today)
+    );
+    DECLARE @copies int = (
+        SELECT COUNT(*)
+        FROM samegoal.ProgramFlag
+        WHERE personID = @personID
+            AND flag COLLATE Latin1_General_BIN2 = @flag
+            AND startDate = @start
+    );
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @flag IS NULL THEN N'flag is missing'
         WHEN LEN(@flag) > 50 THEN N'flag is longer than 50 characters'
         WHEN @start IS NULL THEN N'startDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
         WHEN @endDate IS NOT NULL AND @end IS NULL THEN N'endDate is not a date (YYYY-MM-DD)'
-        WHEN @end < @start THEN N'endDate lies before startDate'
+        WHEN @end < @start THEN N'endDate is before startDate'
+        WHEN @copies > 1
+            THEN N'the SIS has this flag more than once. Try: delete all but one of them in the SIS'
+        WHEN @other IS NOT NULL AND (@end IS NULL OR @end >= @today)
+            THEN CONCAT(
+                N'the student already has this flag, active since ',
+                CONVERT(char(10), @other, 23),
+                N'. Try: end the older flag in the SIS, or correct its dates in SameGoal'
+            )
     END;
 
     IF @problem IS NOT NULL
@@ -1079,7 +1228,7 @@ IF OBJECT_ID(N'dbo.sg_program_flag_delete', N'P') IS NULL
     EXEC (N'CREATE PROCEDURE dbo.sg_program_flag_delete AS SELECT 1;');
 GO
 
--- Retires the flag and ends it: today, or on the day it starts if that is still to come. An earlier
+-- Retires the flag and ends it today, or on its start date if that is in the future. An earlier
 -- endDate stays.
 ALTER PROCEDURE dbo.sg_program_flag_delete
     @studentNumber nvarchar(4000),
@@ -1094,11 +1243,13 @@ BEGIN
     DECLARE @start date = samegoal.to_date(@startDate);
     DECLARE @today date = SYSDATETIME();
     DECLARE @key nvarchar(4000) = CONCAT(@flag, N' ', @startDate);
+    DECLARE @early nvarchar(4000) = samegoal.cutover_problem(N'startDate', @start);
 
     DECLARE @problem nvarchar(4000) = CASE
         WHEN @personID IS NULL THEN N'no student, or more than one, has this number'
         WHEN @flag IS NULL THEN N'flag is missing'
         WHEN @start IS NULL THEN N'startDate is not a date (YYYY-MM-DD)'
+        WHEN @early IS NOT NULL THEN @early
     END;
 
     IF @problem IS NOT NULL
@@ -1129,16 +1280,18 @@ END;
 GO
 
 ----------------------------------------------------------------------------------------------------
--- 10. Clean-up (the first statement of the Upload element)
+-- 10. Cleanup (optional: the first statement of the Upload element, commented out in config.xml)
 ----------------------------------------------------------------------------------------------------
 
 IF OBJECT_ID(N'dbo.sg_cleanup', N'P') IS NULL
     EXEC (N'CREATE PROCEDURE dbo.sg_cleanup AS SELECT 1;');
 GO
 
--- Ends the flags that SameGoal leaves open for students who have left the district, on the day they
--- left; moves that day when the SIS corrects it; opens the flag again when the student comes back.
--- A second call changes nothing. Flags that SameGoal itself has ended are left alone.
+-- For districts that want a flag to end with the student's enrollment. SameGoal itself ends it only
+-- when the student leaves special education. This ends open flags on the student's exit date, moves
+-- that date when the SIS corrects it, and reopens the flag when the student comes back. A second
+-- call changes nothing. Flags that SameGoal ended, and flags from before the cutover date, are left
+-- alone.
 ALTER PROCEDURE dbo.sg_cleanup
 AS
 BEGIN
@@ -1146,6 +1299,7 @@ BEGIN
     SET XACT_ABORT OFF;
 
     DECLARE @today date = SYSDATETIME();
+    DECLARE @cutover date = (SELECT cutoverDate FROM samegoal.Settings);
     DECLARE @change TABLE (
         programFlagID int NOT NULL PRIMARY KEY,
         endDate date NULL
@@ -1153,19 +1307,23 @@ BEGIN
 
     -- In two steps, because a view with INSTEAD OF triggers cannot be updated through a join.
     INSERT INTO @change (programFlagID, endDate)
-    SELECT f.programFlagID, wanted.endDate
-    FROM samegoal.ProgramFlag AS f
-        INNER JOIN samegoal.Student AS s ON s.personID = f.personID
-        CROSS APPLY (
-            SELECT CASE
+    SELECT flag.programFlagID, flag.wanted
+    FROM (
+        SELECT
+            f.programFlagID,
+            f.endDate,
+            CASE
                 WHEN s.exitDate > @today THEN NULL
                 WHEN s.exitDate < f.startDate THEN f.startDate
                 ELSE s.exitDate
-            END AS endDate
-        ) AS wanted
-    WHERE f.retiredDate IS NULL
-        AND (f.endDate IS NULL OR f.endedByExit = 1)
-        AND EXISTS (SELECT f.endDate EXCEPT SELECT wanted.endDate);
+            END AS wanted
+        FROM samegoal.ProgramFlag AS f
+            INNER JOIN samegoal.Student AS s ON s.personID = f.personID
+        WHERE f.retiredDate IS NULL
+            AND f.startDate >= @cutover
+            AND (f.endDate IS NULL OR f.endedByExit = 1)
+    ) AS flag
+    WHERE EXISTS (SELECT flag.endDate EXCEPT SELECT flag.wanted);
 
     UPDATE f
     SET
@@ -1184,9 +1342,9 @@ GO
 ----------------------------------------------------------------------------------------------------
 -- 11. Permissions
 --
--- The account of the nightly job needs these rights and no others. Remove the leading dashes and
--- put its name, of a Windows account as here or of a SQL login, in place of DISTRICT\sgsync. Where
--- section 2 names a synonym, grant SELECT on the table that it stands for, too.
+-- The account of the nightly job needs these permissions and no others. Remove the leading dashes
+-- and replace DISTRICT\sgsync with the account's name: a Windows account, as here, or a SQL login.
+-- If section 2 has a synonym, also grant SELECT on its table.
 --
 -- IF DATABASE_PRINCIPAL_ID(N'samegoal_service') IS NULL
 --     CREATE ROLE samegoal_service AUTHORIZATION dbo;

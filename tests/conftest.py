@@ -31,6 +31,9 @@ from support import homes, servers
 settings.register_profile("sgsync", deadline=None, print_blob=True)
 settings.load_profile("sgsync")
 
+# sgsync's processes start as a user's do: unbuffered streams hide what a last flush comes to
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 
 def pytest_configure() -> None:
     # ended from outside (a CI's time limit), the run still closes its fixtures

@@ -1,29 +1,36 @@
-"""`make demo`: three nights between SameGoal and a SIS, for real, on servers of its own; then two
-of PowerSchool to SchooLinks (demo_schoolinks.py).
+"""`make demo`: nights between SameGoal and a SIS, for real, on servers of its own: a first load, a
+night of changes, a quiet one, one that is held and approved; then two of PowerSchool to SchooLinks
+(demo_schoolinks.py).
 
 SameGoal is an SFTP server on this machine (asyncssh), the SIS an embedded database (SQLite through
-its ODBC driver). `sgsync.py sync` runs as a process of its own, as a scheduler would start it, and
-prints what a user sees. After each night the tables of the SIS are compared with SameGoal's
-extract, and the run's changes with those that were made; any difference ends the demo with exit 1.
+its ODBC driver). `sgsync.py sync` runs as a process of its own, as a scheduler would start it.
+After each night the tables of the SIS are compared with SameGoal's extract, and the run's changes
+with those that were made; any difference ends the demo with exit 1.
 
+`make demo ARGS=--keep` then keeps the servers up, for one's own tries, until Ctrl-C.
 Everything lies in build/demo, which is made anew each time. Nothing leaves this machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import csv
 import json
 import os
 import random
+import re
+import shlex
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
@@ -35,6 +42,7 @@ from support import servers
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "demo"
 STUDENTS = 3000
+COLUMNS_SHOWN = 80
 DISTRICT = "demo.example.org"
 
 Row = tuple[str, ...]
@@ -45,12 +53,34 @@ class DemoError(Exception):
 
 
 def say(text: str = "") -> None:
-    print(text, flush=True)
+    """Print lines, folded at 80 columns; commands, which begin with `$`, as they are."""
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        whole = line.lstrip().startswith("$ ")
+        print(line if whole else textwrap.fill(
+            line, COLUMNS_SHOWN, subsequent_indent=indent, break_long_words=False,
+            break_on_hyphens=False,
+        ), flush=True)  # fmt: skip
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | str) -> str:
     """A path as a user in this directory would type it."""
-    return os.path.relpath(path)
+    return min(os.path.relpath(path), str(path), key=len)
+
+
+def run_sgsync(command: Sequence[str], code: int) -> None:
+    """Run a command line of sgsync, which must end with this exit code.
+
+    Prints its last message; the rest is in the log of the run.
+    """
+    done = subprocess.run(
+        command, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    if done.returncode != code:
+        print(done.stderr, file=sys.stderr)
+        raise DemoError(f"{shlex.join(command)} ended with {done.returncode} instead of {code}")
+    last = re.split(r"(?m)^\d{4}-\d\d-\d\d [\d:,]+ ", done.stderr)[-1].rstrip()
+    say(re.sub(r"(?m)^ *", "  ", last))
 
 
 # ------------------------------------------------------------------ SameGoal: SftpServer
@@ -112,6 +142,7 @@ class Stage:
 
     folder: Path
     server: SftpServer
+    servers: contextlib.ExitStack  # closes what runs until the demo ends
 
 
 # ------------------------------------------------------------------ the records: make_records
@@ -302,15 +333,22 @@ class District:
         `expected` are the changes that the run must have made, None for a first load. Returns the
         run's folder.
         """
-        write_extract(self.stage.server.root / "download" / epoch, self.records)
-        began = time.monotonic()
-        command = [sys.executable, str(ROOT / "sgsync.py"), "sync", "--home", str(self.home)]
+        self.export(epoch)
         say(f"$ python sgsync.py sync --home {shown(self.home)}")
-        code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
-        run = max((self.home / "history").glob("*-*"), default=self.home)
-        if code:
-            raise DemoError(f"sync ended with exit code {code}; look in {shown(run)}")
-        seconds = time.monotonic() - began
+        return self.checked(self.command("sync"), expected)
+
+    def export(self, epoch: str) -> None:
+        write_extract(self.stage.server.root / "download" / epoch, self.records)
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, str(ROOT / "sgsync.py"), *words, "--home", str(self.home)]
+
+    def newest_run(self) -> Path:
+        return max((self.home / "history").glob("*-*"), default=self.home)
+
+    def checked(self, command: Sequence[str], expected: Sequence[Change] | None) -> Path:
+        run_sgsync(command, 0)
+        run = self.newest_run()
         self._check_sis()
         pushed = self._check_pushed(run)
         changes = list(read_changes(run / "diff"))
@@ -323,9 +361,32 @@ class District:
         if sorted(changes) != sorted(expected):
             raise DemoError(f"{shown(run / 'diff')} does not hold just the changes that were made")
         rows = sum(map(len, self.records.values()))
-        say(f"Checked ({seconds:.1f} s): the SIS holds the {rows:,} rows of the extract,")
-        say(f"  and {shown(pushed)} has arrived whole, with COMPLETE.")
+        say(f"Checked: the SIS holds the {rows:,} rows of the extract, and")
+        say(f"  {shown(pushed)} has arrived whole.")
         return run
+
+    def held_night(self, epoch: str) -> tuple[Path, str]:
+        """The same where the run must be held: nothing is written or sent.
+
+        Returns its folder and the command that approves it, as the run has printed it.
+        """
+        self.export(epoch)
+        before, sent = (
+            self.database.read_bytes(),
+            set((self.stage.server.root / "upload").iterdir()),
+        )
+        say(f"$ python sgsync.py sync --home {shown(self.home)}")
+        run_sgsync(self.command("sync"), 6)
+        run = self.newest_run()
+        if self.database.read_bytes() != before:
+            raise DemoError("a held run has changed the SIS")
+        if set((self.stage.server.root / "upload").iterdir()) != sent:
+            raise DemoError("a held run has sent something")
+        why = (run / "HELD").read_text(encoding="utf-8")
+        found = re.search(rf"(?m)[\"']?{re.escape(sys.executable)}.* --approve .*$", why)
+        if not found:
+            raise DemoError(f"{shown(run / 'HELD')} names no command that approves the run")
+        return run, found[0]
 
     def _check_sis(self) -> None:
         with sis(self.database) as database:
@@ -373,12 +434,15 @@ def in_words(change: Change) -> str:
 # ------------------------------------------------------------------ the changes of a day: a_day
 
 
-def a_day(district: District) -> list[Change]:
-    """What people do between two nights, on both sides; returns what sync must make of it."""
+def a_day(district: District, later: int = 0) -> list[Change]:
+    """What people do between two nights, on both sides; returns what sync must make of it.
+
+    `later`: by how many other students it happens to.
+    """
     records, changes = district.records, []
 
     def nth(file: str, number: int) -> Row:
-        return records[file][sorted(records[file])[number]]
+        return records[file][sorted(records[file])[number + later]]
 
     def nothing(row: Row) -> Row:
         return ("",) * len(row)
@@ -429,17 +493,17 @@ def a_day(district: District) -> list[Change]:
 Sight = tuple[Path, str]  # where to look, and what is there
 
 
-def three_nights(stage: Stage) -> list[Sight]:
-    """The nightly sync: a first load, a night of changes on both sides, a quiet night."""
+def four_nights(stage: Stage) -> tuple[list[Sight], District]:
+    """The nightly sync: a first load, a night of changes, a quiet one, a held one."""
     district = District(stage)
     server = stage.server
     rows = sum(map(len, district.records.values()))
     where = f"{server.host}:{server.port}"
-    say(f"SameGoal is an SFTP server on {where}: log-in by key, its host key pinned.")
-    say(f"The SIS is a SQLite database behind ODBC: {STUDENTS:,} students, no documents yet.")
+    say(f"SameGoal is an SFTP server on {where}: log-in by key, host key pinned.")
+    say(f"The SIS is a SQLite database behind ODBC: {STUDENTS:,} students, no records yet.")
 
     say(f"\nNight 1, the first load: {len(district.records)} files, {rows:,} rows.")
-    first = district.night("20251202-020000", None)
+    district.night("20251202-020000", None)
 
     say("\nA day passes.")
     changes = a_day(district)
@@ -456,51 +520,106 @@ def three_nights(stage: Stage) -> list[Sight]:
     say("\nNight 3, a quiet one: nobody has changed anything.")
     district.night("20251204-020000", [])
 
-    upload = server.root / "upload"
+    say("\nNight 4: half of the IEPs are missing from SameGoal's file. A run that would")
+    say("delete or change that much is held, and says how to approve it.")
+    ieps = district.records["iep.csv"]
+    gone = [ieps.pop(key) for key in sorted(ieps)[1::2]]
+    third, approval = district.held_night("20251205-020000")
+    say("Checked: nothing was written, and nothing was sent.")
+
+    say("\nA person looks at diff/ in the run's folder, finds that the deletes are right,")
+    say("and enters the printed command. It makes the changes shown, and no others.")
+    say(f"$ {approval}")
+    deletes = [("iep.csv", "delete", row, ("",) * len(row)) for row in gone]
+    district.checked(shlex.split(approval), deletes)
+
     return [
-        (district.home / "config.xml", "what was configured"),
-        (first, "the first load: extract, export, differences, log"),
+        (district.home / "config.xml", "the configuration"),
         (second / "diff", "the changes of night 2, before and after"),
         (second / "sgi_log.txt", "its log"),
-        (upload / second.name, "what SameGoal received, COMPLETE last"),
+        (server.root / "upload" / second.name, "what SameGoal received, COMPLETE last"),
+        (third / "HELD", "why night 4 was held"),
         (district.database, "the SIS"),
-    ]
+    ], district
 
 
-def schoolinks(stage: Stage) -> list[Sight]:
-    """PowerSchool's rows to SchooLinks."""
+def schoolinks(stage: Stage) -> tuple[list[Sight], list[str]]:
+    """PowerSchool's rows to SchooLinks; returns where to look, and the command line to try."""
     from support import demo_schoolinks
 
     say("\n\nFrom PowerSchool to SchooLinks\n")
+    tools = demo_schoolinks.Tools(say, shown, run_sgsync, stage.servers)
     try:
-        return demo_schoolinks.two_nights(stage.folder / "schoolinks", say)
+        return demo_schoolinks.two_nights(stage.folder / "schoolinks", tools)
     except demo_schoolinks.SchooLinksError as error:
         raise DemoError(str(error)) from error
 
 
-PARTS: list[Callable[[Stage], list[Sight]]] = [three_nights, schoolinks]
+# ------------------------------------------------------------------ --keep: keep
+
+
+def keep(district: District, schoolinks_command: list[str]) -> None:
+    """Prepares another night, prints what to try, and waits for Ctrl-C."""
+    say("\nThe servers keep running. Another day passes.")
+    a_day(district, later=20)
+    district.export("20251206-020000")
+    program = [shown(sys.executable), shown(ROOT / "sgsync.py")]
+    home = ["--home", shown(district.home)]
+    offered = subprocess.run([*program, "--help"], check=True, capture_output=True, text=True)
+    say("\nTry, in another terminal, in this folder:")
+    for words, what in (
+        ("sync --dry-run", "shows what the next night would change, in diff/"),
+        ("sync", "changes it"),
+        ("check", "tries everything, changes nothing"),
+        ("history", "lists the runs"),
+        ("report", "writes a page about the newest run"),
+    ):
+        if re.search(rf"(?m)^ +{words.split()[0]}\b", offered.stdout):
+            say(f"  {what}:")
+            say(f"    $ {shlex.join([*program, *words.split(), *home])}")
+    say("  sends to SchooLinks what night 2 held (Oracle is embedded, hence the name):")
+    say(
+        f"    $ {shlex.join([shown(word) if '/' in word else word for word in schoolinks_command])}"
+    )
+    say(f"SameGoal's extracts: {shown(district.stage.server.root / 'download')}")
+    say("\nCtrl-C ends the servers.")
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+
+
+# ------------------------------------------------------------------ main
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Nights of sgsync on servers of their own.")
+    parser.add_argument("--keep", action="store_true", help="keep the servers up until Ctrl-C")
+    options = parser.parse_args()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
     began = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
     root = FOLDER / "sftp"
     root.mkdir(parents=True)
     try:
-        with SftpServer(root) as server:
-            sights = [sight for part in PARTS for sight in part(Stage(FOLDER, server))]
+        with SftpServer(root) as server, contextlib.ExitStack() as stack:
+            stage = Stage(FOLDER, server, stack)
+            sights, district = four_nights(stage)
+            more, command = schoolinks(stage)
+            say(f"\nAll as it should be, in {time.monotonic() - began:.0f} s. Where to look:")
+            for path, what in sights + more:
+                say(f"  {what}:\n    {shown(path)}")
+            if options.keep:
+                keep(district, command)
     except (DemoError, servers.ServerMissingError, OSError) as error:
         say(f"\nThe demo failed: {error}")
         return 1
     except KeyboardInterrupt:
         say("\nInterrupted.")
         return 130
-    say(f"\nAll as it should be, in {time.monotonic() - began:.0f} s. Where to look:")
-    width = max(len(shown(path)) for path, _ in sights)
-    for path, what in sights:
-        say(f"  {shown(path):{width}}  {what}")
+    if options.keep:
+        say("\nThe servers have ended.")
     return 0
 
 

@@ -69,8 +69,9 @@ def test_apply_brings_the_database_in_step(home: homes.Home) -> None:
     assert home.main() == 0
     assert home.sis_rows() == source
     line = home.summary["files"][0]
-    counts = {"rows": 5, "database_rows": 4, "insert": 2, "update": 2, "delete": 1, "failed": 0}
-    assert {name: line[name] for name in ("file", *counts)} == {"file": "iep.csv", **counts}
+    assert (line["file"], line["source_rows"], line["target_rows"]) == ("iep.csv", 5, 4)
+    assert home.counts("found") == home.counts("applied") == (2, 2, 1)
+    assert home.counts("failed") == (0, 0, 0)
     assert home.summary["message"] == "2 rows inserted, 2 rows updated, 1 row deleted"
     assert home.database.rows("SELECT count(*) FROM iep WHERE manager IS NULL") == [(1,)]
     assert not (home.run / "failures.csv").exists()
@@ -122,7 +123,7 @@ def test_apply_leaves_alone_what_has_no_element(home: homes.Home, without: str) 
         "Delete": ROWS[:3],
     }
     assert home.sis_rows() == expected[without]
-    assert f"iep.csv: 1 {without.lower()} left alone: there is no <{without}>" in home.log
+    assert f"iep.csv: 1 {without.lower()} left alone: config.xml has no <{without}> " in home.log
     assert home.summary["message"].endswith(", 1 row left alone")
     changes = (home.run / "diff/iep.csv").read_text()
     assert f"\n{without.lower()}," in changes
@@ -300,10 +301,13 @@ def test_apply_fails_the_bad_rows_alone(home: homes.Home, which: Sequence[int]) 
     for row, n in zip(found[1:], which, strict=True):
         assert row[3].startswith(REASON[kind].format(ROWS[n][0]))
     assert undone_batches(home) == len({n // 3 for n in which if n != 6})  # 6 stands alone
-    assert home.summary["files"][0]["failed"] == len(which)
+    assert home.counts("found") == (len(ROWS), 0, 0)
+    assert home.counts("failed") == (len(which), 0, 0)
+    assert home.counts("applied") == (len(ROWS) - len(which), 0, 0)
     assert home.summary["outcome"] == "partial"
     assert home.summary["message"].startswith(
-        f"{sgsync.plural(len(which), 'row')} failed, see failures.csv; of 7 rows inserted"
+        f"{sgsync.plural(len(which), 'row')} failed, see failures.csv; "
+        f"{sgsync.plural(len(ROWS) - len(which), 'row')} inserted, 0 rows updated, "
     )
     for n in which:
         assert NAMES[n] not in home.log
@@ -341,8 +345,10 @@ def test_apply_stops_beyond_max_failures(home: homes.Home) -> None:
         f"{name}: {reason}"
     )
     assert message.endswith(
-        "\nTry: look at failures.csv; what was written stays, and a next run goes on from it"
+        f"\nTry: look at {home.run / 'failures.csv'}; the rows already written stay, and the next "
+        "run continues from there"
     )
+    assert home.counts("applied") == (2, 0, 0)
     assert len(failures(home)) == 3
     assert home.sis_rows() == [ROWS[0], ROWS[2]]
     assert not list((home.sftp_root / "upload").iterdir())
@@ -576,7 +582,7 @@ def test_apply_ends_at_once_when_it_is_interrupted(postgres_home: homes.Home) ->
     process.send_signal(signal.SIGINT)
     _, console = process.communicate(timeout=50)
     assert process.returncode == 130
-    words = "interrupted; what was written so far stays, the next run goes on from it"
+    words = "interrupted: 2 rows written so far stay; the next run continues from there"
     assert words in console
     assert home.summary["outcome"] == "interrupted"
     assert words in home.log

@@ -11,7 +11,9 @@ import contextlib
 import itertools
 import json
 import re
+import shlex
 import socket
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -53,7 +55,7 @@ def serve(home: homes.Home) -> Iterator[Callable[[type[asyncssh.SFTPServer]], Ot
 # A line break and a line as the log has them; then clear the screen, set the title, write from
 # right to left, and the same in the one-byte codes that some terminals obey.
 FORGED = "\r\n2026-01-01 00:00:00,000 all is well\x1b[2J\x1b]0;owned\x07\u202e\x9b31m\u2028\x85"
-LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?!all is well)|    ")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}[-+]\d\d:\d\d (?!all is well)|    ")
 
 
 def told(home: homes.Home, capfd: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
@@ -285,7 +287,7 @@ def test_read_keeps_no_absurd_size_in_memory(
 
     monkeypatch.setattr(sgsync.shutil, "disk_usage", disk_usage)
     serve(Boastful)
-    assert "the file ended before the 35,184,372,088,832 bytes that were announced" in home.refused(
+    assert "the file is shorter than its listed size, 35,184,372,088,832 bytes" in home.refused(
         3
     )
 
@@ -354,7 +356,7 @@ def _sql_is_data(home: homes.Home, operation: str) -> None:
     home.extract([tuple('"' + value.replace('"', '""') + '"' for value in row) for row in rows])
     assert home.main() == 0, home.log
     assert home.sis_rows() == sorted(rows)
-    assert home.summary["files"][0]["failed"] == 0
+    assert home.counts("failed") == (0, 0, 0)
 
 
 # ------------------------------------------------------------------ files that others can read
@@ -367,8 +369,14 @@ def test_sync_warns_of_secrets_that_others_can_read(home: homes.Home, name: str)
     for path in (home.path / "config.xml", home.path / "ssh/id_rsa", home.path / "ssh/phrase"):
         path.chmod(0o600)
     assert home.main() == 0
-    assert "can be read by" not in home.log
+    assert "can read this file" not in home.log
     path = home.path / name
     path.chmod(0o604)
     assert home.main() == 0
-    assert f"{path} can be read by everyone on this machine\n    Try: chmod 600 {path} " in home.log
+    told = f"{path}: everyone on this machine can read this file\n    Try: let only this account"
+    assert told in home.log
+    for command in re.findall(r"(?m)^    (ch(?:own|mod) .*)$", home.log):
+        subprocess.run(shlex.split(command), check=True)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert home.main() == 0
+    assert "can read this file" not in home.log

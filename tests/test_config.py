@@ -1254,7 +1254,7 @@ def test_load_config_reads_the_template_once_it_is_filled(
         "special_ed_dates.csv",
         "program_flags.csv",
     ]
-    assert [s.file for s in config.statements] == [None, "open_records.csv", "student_mapping.csv"]
+    assert [s.file for s in config.statements] == ["open_records.csv", "student_mapping.csv"]
 
 
 def test_load_config_tells_what_is_to_be_filled_in_the_template(

@@ -448,7 +448,9 @@ def test_diff_names_the_line_of_a_key_that_is_no_number(
 def test_diff_refuses_a_single_row_whose_key_is_no_number(files: tuple[Path, Path]) -> None:
     write(files[0], "id,name")
     write(files[1], "id,name", "x,y")
-    with pytest.raises(sgsync.DataError, match=r"ic/iep\.csv:2: the key id=x is not a whole number"):
+    with pytest.raises(
+        sgsync.DataError, match=r"ic/iep\.csv:2: the key id=x is not a whole number"
+    ):
         compare(*files, "id:int")
 
 

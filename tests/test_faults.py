@@ -225,14 +225,14 @@ def test_apply_connects_again_where_the_idle_connection_is_dead(
 ) -> None:
     """As behind a firewall that forgot it during the download: no answer, and no error either."""
     monkeypatch.setattr(sgsync, "CONNECT_SECONDS", 1.0)
-    diff_files = sgsync.diff_files
+    compare = sgsync.compare
 
     def then_stall(*arguments: object) -> object:
-        found = diff_files(*arguments)  # type: ignore[arg-type]
+        found = compare(*arguments)  # type: ignore[arg-type]
         behind.fault = proxy.Fault("stall", "up", behind.passed["up"])
         return found
 
-    monkeypatch.setattr(sgsync, "diff_files", then_stall)
+    monkeypatch.setattr(sgsync, "compare", then_stall)
     assert postgres_home.main() == 0
     assert (
         "the database: no answer from the database for 1 s; connecting again" in postgres_home.log

@@ -32,15 +32,32 @@ def test_sync_over_a_limit_is_held_and_approve_does_what_it_showed(sqlite_home: 
     assert home.sis_rows() == before
     epoch = home.run.name
     assert message == (
-        "held, nothing was written: iep.csv: 3 deletes of 5 rows, maxDeletes is 2; they begin with "
+        "nothing was written: iep.csv: 3 deletes of 5 rows, maxDeletes is 2; they begin with "
         "studentNumber=1003, startDate=2026-01-05; studentNumber=1004, startDate=2026-01-05; "
-        "studentNumber=1005, startDate=2026-01-05. In all: iep.csv: 0 to insert, 0 to update, "
-        "3 to delete\n"
-        "Try: look at diff/ in this run's folder; if the changes are right, approve just these: "
+        "studentNumber=1005, startDate=2026-01-05. Changes in all: iep.csv 3 to delete\n"
+        f"Try: look at {home.run / 'diff'}; if the changes are right, approve just these:\n"
         f"{home.approval(epoch)}\n"
     )
-    assert home.main("sync", "--approve", epoch) == 0
+    assert home.main("sync", "--approve", epoch, "--by", "Pat", "--why", "closed school") == 0
     assert home.sis_rows() == rows(1001, 1002)
+    approval = home.summary["approval"]
+    assert approval.pop("at") >= home.summary["started"]
+    assert approval == {"run": epoch, "by": "Pat", "why": "closed school", "rows": 3}
+    told = f"run {epoch} was approved by Pat (closed school): 3 rows beyond the limits"
+    assert told in home.log
+    assert "approved: iep.csv: 3 deletes of 5 rows, maxDeletes is 2" in home.log
+    assert len(home.summary["over_limits"]) == 1
+
+
+def test_sync_forced_past_a_limit_says_so(sqlite_home: homes.Home) -> None:
+    home = sqlite_home
+    home.configure(diff='maxDeletes="0"')
+    home.extract(rows(1001))
+    home.sis(rows(1001, 1002))
+    assert home.main("sync", "--force") == 0
+    assert home.summary["forced"]
+    assert home.summary["over_limits"][0].startswith("iep.csv: 1 delete of 2 rows, maxDeletes is 0")
+    assert f"the limits are skipped (--force, by {home.summary['account']})" in home.log
 
 
 def test_sync_approve_holds_what_the_held_run_did_not_show(sqlite_home: homes.Home) -> None:
@@ -90,7 +107,7 @@ def test_sync_a_stale_extract_is_held_and_can_be_approved(sqlite_home: homes.Hom
         os.utime(path, (old, old))
     message = held(home)
     assert "20260101-139029, is 40 hours old, maxAgeHours is 36" in message
-    assert "iep.csv: 1 to insert, 0 to update, 0 to delete" in message
+    assert "Changes in all: iep.csv 1 to insert\nTry: ask SameGoal for a newer extract" in message
     assert home.main("sync", "--approve", home.run.name) == 0
     assert home.sis_rows() == rows(1001)
 
@@ -100,8 +117,10 @@ def test_sync_dry_run_tells_what_would_be_held(sqlite_home: homes.Home) -> None:
     home.configure(diff='maxDeletes="0"')
     home.extract(rows(1001))
     home.sis(rows(1001, 1002))
-    assert home.main("sync", "--dry-run") == 0
-    assert "it would be held: iep.csv: 1 delete of 2 rows" in home.summary["message"]
+    assert home.main("sync", "--dry-run") == 6
+    assert home.summary["outcome"] == "dry run"
+    assert "a real run would be held: iep.csv: 1 delete of 2 rows" in home.summary["message"]
+    assert len(home.sis_rows()) == 2
 
 
 def test_sync_verify_finds_a_procedure_without_effect(postgres_home: homes.Home) -> None:
@@ -138,7 +157,7 @@ def test_sync_verify_is_silent_when_all_converged(home: homes.Home) -> None:
     [
         ("Lee", "Lee ", "blanks at the end", 'trim="true"'),
         ("Lee", "LEE", "letter case", 'ignoreCase="true"'),
-        ("1.5", "1.50", "the form of a number", 'ignoreNumberFormat="true"'),
+        ("8765.5", "8765.50", "the form of a number", 'ignoreNumberFormat="true"'),
         ("01/31/2026", "2026-01-31", "the form of a date", 'dateFormat="%m/%d/%Y"'),
         ("NULL", "", "a word for an empty field", 'nullText="NULL"'),
     ],
@@ -170,4 +189,4 @@ def test_diff_ignores_forms_that_it_is_told_to(
     home.extract([("1001", "2026-01-05", "LOCKED", source), ("1002", "2026-01-05", "A", "B")])
     home.sis([("1001", "2026-01-05", "LOCKED", sis), ("1002", "2026-01-05", "OPEN", "B")])
     assert home.main() == 0
-    assert home.summary["files"][0]["update"] == 1
+    assert home.counts("found") == (0, 1, 0)

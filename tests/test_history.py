@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import getpass
 import json
 import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,7 +42,7 @@ def child(home: homes.Home, program: str) -> subprocess.Popen[str]:
     start = (
         "import sys, time, pathlib, sgsync\n"
         f"home = pathlib.Path({str(home.path)!r})\n"
-        "run = sgsync.Run(home / 'history', 'sync')\n"
+        "run = sgsync.Run(home / 'history', 'sync', [])\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", start + program],
@@ -89,12 +92,18 @@ def test_run_log_tells_each_step(home: homes.Home) -> None:
     lines = home.log.splitlines()
     told = []
     for line in lines:
-        found = re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) +(.*)", line)
+        found = re.fullmatch(
+            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}[-+]\d\d:\d\d (INFO|WARNING) +(.*)", line
+        )
         assert found, line
         told.append(found[2])
     where = f"127.0.0.1:{home.sshd.port}"
     login = f"{where}: logged in as {home.sshd.username}"
-    assert told[0] == f"sgsync {sgsync.__version__} sync, run {home.run.name}"
+    about = f"account {getpass.getuser()} on {socket.gethostname()}"
+    assert told[0] == (
+        f"sgsync {sgsync.__version__} sync, run {home.run.name}, {about}, arguments: sync "
+        f"--home {home.path}"
+    )
     # the two sides are fetched at the same time
     assert sorted(told[1:5]) == sorted(
         [
@@ -106,14 +115,14 @@ def test_run_log_tells_each_step(home: homes.Home) -> None:
     )
     assert told[5:-1] == [
         "iep.csv: 2 rows, of them 2 to insert, 0 to update, 0 to delete",
-        "iep.csv: applied",
+        "iep.csv: 2 of 2 changes applied, 0 failed",
         f"statement 1 of <Upload> (config.xml:{home.line('<SQL>')}): done",
         login,
         f"pushed 5 files to {home.sftp_root.as_posix()}/upload/{home.run.name}",
     ]
     assert re.fullmatch(
         r"complete: 2 rows inserted, 0 rows updated, 0 rows deleted "
-        rf"\(\d+\.\d s, run {home.run.name}\)",
+        rf"\(\d+\.\d s, folder {home.run}\)",
         told[-1],
     )
 
@@ -126,7 +135,7 @@ def test_run_summary_tells_the_outcome(home: homes.Home) -> None:
     line = summary["files"][0]
     for times in (summary, line):
         assert times.pop("seconds") > 0
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", summary.pop("started"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[-+]\d\d:\d\d", summary.pop("started"))
     expected = {
         "command": "sync",
         "version": sgsync.__version__,
@@ -136,11 +145,20 @@ def test_run_summary_tells_the_outcome(home: homes.Home) -> None:
         "message": "1 row inserted, 1 row updated, 1 row deleted",
         "source_epoch": "20260101-139029",
         "statement_files": {"open_records.csv": 1},
+        "account": getpass.getuser(),
+        "computer": socket.gethostname(),
+        "arguments": ["sync", "--home", str(home.path)],
+        "forced": False,
+        "approval": None,
+        "over_limits": [],
     }
     assert {name: summary[name] for name in expected} == expected
-    expected = {"file": "iep.csv", "rows": 2, "database_rows": 2, "failed": 0}
-    expected |= {"insert": 1, "update": 1, "delete": 1}
+    expected = {"file": "iep.csv", "source_rows": 2, "target_rows": 2}
     assert {name: line[name] for name in expected} == expected
+    assert home.counts("found") == home.counts("applied") == (1, 1, 1)
+    assert home.counts("failed") == (0, 0, 0)
+    (kept,) = sgsync.runs(home.path / "history")
+    assert dataclasses.asdict(kept.summary) == home.summary
 
 
 def test_run_that_fails_leaves_its_reason(home: homes.Home) -> None:
@@ -148,7 +166,7 @@ def test_run_that_fails_leaves_its_reason(home: homes.Home) -> None:
     message = home.failed(2)
     assert message == (
         f"{home.path}/config.xml: cannot be read: No such file or directory\n"
-        "Try: give the folder that holds config.xml with --home, or the file with --config"
+        "Try: name the folder that holds config.xml with --home, or the file with --config"
     )
     assert sorted(path.name for path in home.run.iterdir()) == ["sgi_log.txt", "summary.json"]
     assert home.summary["outcome"] == "failed"
@@ -160,16 +178,49 @@ def test_run_of_an_unexpected_error_leaves_its_traceback(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("what\nnobody foresaw")
 
-    monkeypatch.setattr(sgsync, "diff_files", broken)
+    monkeypatch.setattr(sgsync, "compare", broken)
     assert home.refused(1) == (
         "unexpected error: ZeroDivisionError: what nobody foresaw\n"
-        "Try: send sgi_log.txt of this run to whoever maintains sgsync"
+        "Try: send sgi_log.txt from this run's folder to whoever maintains sgsync"
     )
     assert "    Traceback (most recent call last):\n" in home.log
 
 
+def test_run_tells_of_a_last_run_that_was_killed(home: homes.Home) -> None:
+    assert home.main() == 0
+    assert "did not finish" not in home.log
+    process = child(home, LOCKED)
+    process.kill()
+    process.communicate()
+    killed = home.run
+    assert home.summary["outcome"] == "running"
+    assert home.main() == 0
+    assert f"WARNING the last run, {killed.name}, did not finish: it was killed" in home.log
+
+
+def test_summary_of_another_version_or_of_none_can_be_read(tmp_path: Path) -> None:
+    """Names that this version lacks are passed over, and nothing readable is None."""
+    texts = {
+        "20260101-000001": '{"command": "sync", "new": [1], "files": [{"file": "a.csv", "x": 1}]}',
+        "20260101-000002": "{",
+        "20260101-000003": '{"files": 3}',
+        "20260101-000004": "[]",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(text, encoding="utf-8")
+    (tmp_path / "20260101-000005").mkdir()
+    (tmp_path / "README").touch()
+    kept = {run.epoch: run.summary for run in sgsync.runs(tmp_path)}
+    assert list(kept) == [f"20260101-00000{n}" for n in (5, 4, 3, 2, 1)]
+    summary = kept.pop("20260101-000001")
+    assert summary is not None
+    assert (summary.command, summary.files) == ("sync", [sgsync.FileSummary("a.csv")])
+    assert not any(kept.values())
+
+
 def test_two_runs_in_one_second_have_two_folders(tmp_path: Path) -> None:
-    names = [sgsync.Run(tmp_path / "history", "sync").epoch for _ in range(2)]
+    names = [sgsync.Run(tmp_path / "history", "sync", []).folder.name for _ in range(2)]
     assert names[0] < names[1]
     assert all(sgsync.EPOCH.fullmatch(name) for name in names)
 
@@ -203,7 +254,7 @@ def test_second_run_says_who_has_the_lock(home: homes.Home) -> None:
     assert message == (
         f"another sync run is active in this home: process {process.pid}, since "
         f"{holder['since']} (run {home.runs()[0].name}); nothing was done\n"
-        "Try: wait for it to end; if it hangs, end that process: its lock goes with it"
+        "Try: wait for it to end; if it hangs, end that process: this also frees its lock"
     )
     assert home.summary["outcome"] == "busy"
     assert not (home.run / "ia").exists()
@@ -300,7 +351,7 @@ def test_prune_goes_on_where_a_run_cannot_be_deleted(
     ]  # fmt: skip
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert [record.getMessage() for record in warnings] == [
-        f"{tmp_path}/20200102-000000: an old run cannot be deleted: Permission denied"
+        f"{tmp_path}/20200102-000000: this old run cannot be deleted: Permission denied"
     ]
 
 
@@ -337,10 +388,11 @@ def test_run_on_a_full_disk_writes_nothing(
     home.sis(database)
     before = home.sis_rows()
     done = limited(home, 32_768)
-    message = f"{home.run}/{place}: File too large\n{SPACE}"
+    message = f"{home.run}/{place}: File too large"
     assert done.returncode == 1
-    assert message.replace("\n", "\n    ") in done.stderr
-    assert message.replace("\n", "\n    ") in home.log
+    told = rf"failed: {re.escape(message)} \(.* s, folder .*\)\n    {SPACE}\n"
+    assert re.search(told, done.stderr)
+    assert re.search(told, home.log)
     assert home.summary["message"] == message
     assert home.sis_rows() == before
     assert not [*home.path.rglob("*.part"), *home.path.rglob("COMPLETE")]

@@ -352,11 +352,11 @@ def test_schoolinks_writes_the_same_from_oracle_as_from_the_embedded_database(
     oracle.copy(ready.powerschool)
     assert ready.main() == 0, ready.log
     assert "PowerSchool: connected to Oracle " in ready.log
-    found, told = ready.sent(), ready.summary["files"]
+    found, told = ready.sent(), ready.summary["sections"]
     monkeypatch.setattr(sgsync, "Oracle", ready.powerschool.connection)
     assert ready.main() == 0
     expected = ready.sent()
-    assert told == ready.summary["files"]
+    assert told == ready.summary["sections"]
     assert all(len(data) > 300 for data in found.values())
     gpas, others = (
         [[float(value or -1) for value in row] for row in csv_rows(files.pop(GPA))[1:]]

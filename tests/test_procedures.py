@@ -1,12 +1,13 @@
 """config.xml and procedures.sql: the template for Infinite Campus on SQL Server.
 
-The two files must agree with each other and with SQL Server 2012. Three things look at them:
+The two files must agree with each other and with SQL Server 2012. Four things look at them:
 
 * Microsoft's own T-SQL parser, ScriptDom, which the package maxdop carries. It has the grammar of
   every version since 2008, so it also refuses what came after 2012.
 * sqlglot, for the structure of single statements: columns, order, tables.
+* SQLite, which runs every table, view, query and procedure in translation (support/tsql.py).
 * A real SQL Server, when SGSYNC_TEST_MSSQL holds an ODBC connection string. The tests make a
-  database of their own on it and drop it afterwards.
+  database of their own on it and drop it afterwards. What SQLite runs, it runs, too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from lxml import etree
 from sqlglot import exp
 from sqlglot.optimizer.qualify import qualify
 
-from support import servers
+from support import servers, tsql
+from support.tsql import code_of, split_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.xml"
@@ -62,28 +64,24 @@ TOO_NEW = re.compile(
 # ---------------------------------------------------------------------------------------------
 
 
-def code_of(script: str) -> str:
-    """Blank out comments and the insides of strings; every other character keeps its place."""
-    pattern = r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'"
-
-    def blank(match: re.Match[str]) -> str:
-        text = match[0]
-        edge = "'" if text[0] == "'" else " "
-        return edge + re.sub(r"[^\n]", " ", text[1:-1]) + edge
-
-    return re.sub(pattern, blank, script, flags=re.DOTALL)
+SCRIPT = PROCEDURES.read_text("utf-8")
+BATCHES = split_batches(SCRIPT)
+NO_CUTOVER = "DECLARE @cutoverDate date = NULL;"
 
 
-def split_batches(script: str) -> list[str]:
-    """Split at GO, alone on its line and outside comments and strings. A count is left unused."""
-    batches, start = [], 0
-    for go in re.finditer(r"^[ \t]*GO(?:[ \t]+\d+)?[ \t]*$", code_of(script), re.I | re.M):
-        batches.append(script[start : go.start()])
-        start = go.end()
-    return [batch for batch in [*batches, script[start:]] if code_of(batch).strip()]
+def script_with(cutover: str) -> str:
+    """procedures.sql as a district has it after setting the cutover date."""
+    assert SCRIPT.count(NO_CUTOVER) == 1
+    return SCRIPT.replace(NO_CUTOVER, NO_CUTOVER.replace("NULL", f"'{cutover}'"))
 
 
-BATCHES = split_batches(PROCEDURES.read_text("utf-8"))
+def commented_batches(first_line: str) -> list[str]:
+    """The batches of an example in procedures.sql, without the dashes before its lines."""
+    commented = SCRIPT[SCRIPT.index(first_line) :].partition("\n-----")[0]
+    return split_batches(re.sub(r"^-- ?", "", commented, flags=re.M))
+
+
+STUDENT_VIEW = "-- IF OBJECT_ID(N'samegoal.Student') IS NULL"
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,13 @@ def qualified_by_tables(query: str) -> exp.Select:
 
 def read_config() -> etree._Element:
     return etree.parse(str(CONFIG)).getroot()
+
+
+def commented_elements(tag: str) -> list[etree._Element]:
+    """The elements that stand in config.xml as examples, inside comments."""
+    comments = "".join(comment.text for comment in read_config().iter(etree.Comment))
+    found = re.findall(rf"<{tag}\b[^>]*?(?:/>|>.*?</{tag}>)", comments, re.S)
+    return [etree.fromstring(element) for element in found]
 
 
 def read_diffs() -> list[Diff]:
@@ -236,16 +241,10 @@ def test_procedures_parse_as_sql_server_2012() -> None:
 
 
 @pytest.mark.parametrize(
-    "first_line",
-    [
-        "-- IF OBJECT_ID(N'samegoal.Student') IS NULL",
-        "-- IF DATABASE_PRINCIPAL_ID(N'samegoal_service') IS NULL",
-    ],
+    "first_line", [STUDENT_VIEW, "-- IF DATABASE_PRINCIPAL_ID(N'samegoal_service') IS NULL"]
 )
 def test_commented_examples_parse_once_the_dashes_are_gone(first_line: str) -> None:
-    script = PROCEDURES.read_text("utf-8")
-    commented = script[script.index(first_line) :].partition("\n-----")[0]
-    batches = split_batches(re.sub(r"^-- ?", "", commented, flags=re.M))
+    batches = commented_batches(first_line)
     assert batches
     assert [syntax_error(batch) for batch in batches] == [""] * len(batches)
 
@@ -258,8 +257,9 @@ def test_procedures_break_when_one_word_is_lost() -> None:
 
 
 def test_config_statements_parse_as_sql_server_2012() -> None:
-    statements = [element.text for element in read_config().iter("Query", "SQL")]
-    assert len(statements) == len(DIFFS) + 3
+    elements = [*read_config().iter("Query", "SQL"), *commented_elements("SQL")]
+    statements = [element.text for element in elements]
+    assert len(statements) == len(DIFFS) + 2 + 5
     assert [syntax_error(statement) for statement in statements] == [""] * len(statements)
 
 
@@ -279,7 +279,8 @@ def test_too_new_finds_what_2012_lacks(sql: str) -> None:
 
 
 def test_procedures_and_queries_use_nothing_newer_than_2012() -> None:
-    for sql in [*BATCHES, *(element.text for element in read_config().iter("Query", "SQL"))]:
+    elements = [*read_config().iter("Query", "SQL"), *commented_elements("SQL")]
+    for sql in [*BATCHES, *commented_batches(STUDENT_VIEW), *(e.text for e in elements)]:
         assert not TOO_NEW.search(code_of(sql)), sql
 
 
@@ -324,12 +325,12 @@ def test_procedures_file_sets_its_options_first() -> None:
 
 
 def test_procedures_that_stop_in_a_system_database_end_with_noexec_off() -> None:
-    assert sum("SET NOEXEC ON" in batch for batch in BATCHES) == 2
+    assert sum("SET NOEXEC ON" in batch for batch in BATCHES) == 3
     assert BATCHES[-1].rstrip().endswith("SET NOEXEC OFF;")
 
 
 def test_procedures_begin_with_nocount_and_leave_the_transaction_alone() -> None:
-    assert len(procedures()) >= 12
+    assert len(procedures()) == 2 * len(DIFFS) + 2  # upserts and deletes, sg_cleanup, fail
     for procedure in procedures().values():
         code = code_of(procedure.body)
         first = ["BEGIN", "SET", "NOCOUNT", "ON;", "SET", "XACT_ABORT", "OFF;"]
@@ -416,6 +417,80 @@ def test_retired_rows_are_left_out_and_brought_back(diff: Diff) -> None:
     assert "WHERE d.retiredDate IS NULL" in diff.query
 
 
+# ---------------------------------------------------------------------------------------------
+# The cutover date
+# ---------------------------------------------------------------------------------------------
+
+
+def from_cutover_on(select: exp.Select) -> list[str]:
+    """The columns that a WHERE keeps at or after the cutover date; the conditions joined by AND."""
+    condition = select.args["where"].this
+    terms = list(condition.flatten()) if isinstance(condition, exp.And) else [condition]
+    wanted = "(SELECT cutoverDate FROM samegoal.Settings)"
+    return [
+        term.this.sql("tsql")
+        for term in terms
+        if isinstance(term, exp.GTE) and term.expression.sql("tsql") == wanted
+    ]
+
+
+def test_from_cutover_on_sees_only_what_holds_for_every_row() -> None:
+    setting = "(SELECT cutoverDate FROM samegoal.Settings)"
+    for where, expected in [
+        (f"a = 1 AND b >= {setting}", ["b"]),
+        (f"a = 1 OR b >= {setting}", []),
+        (f"b <= {setting}", []),
+        ("b >= (SELECT MIN(x) FROM y)", []),
+    ]:
+        select = sqlglot.parse_one(f"SELECT 1 FROM t WHERE {where}", dialect="tsql")
+        assert from_cutover_on(select) == expected
+
+
+@by_file
+def test_query_honors_the_cutover_date(diff: Diff) -> None:
+    (date,) = (column for column in diff.key if column.endswith("Date"))
+    assert from_cutover_on(diff.select) == [f"d.{date}"]
+
+
+def test_upload_of_open_records_honors_the_cutover_date() -> None:
+    (open_records,) = read_config().findall("Upload/SQL[@file='open_records.csv']")
+    select = sqlglot.parse_one(open_records.text, dialect="tsql")
+    assert from_cutover_on(select) == ["r.startDate"]
+
+
+@by_file
+@pytest.mark.parametrize("operation", ["Insert", "Delete"])
+def test_procedure_refuses_the_date_of_its_key_before_the_cutover(
+    diff: Diff, operation: str
+) -> None:
+    """The variable that is checked is the one that the UPDATE finds the row by."""
+    (date,) = (column for column in diff.key if column.endswith("Date"))
+    body = procedures()[diff.procedures[operation]].body
+    (variable,) = re.findall(rf"samegoal\.cutover_problem\(N'{date}', (@\w+)\)", body)
+    assert f"AND {date} = {variable}" in body
+    assert "WHEN @early IS NOT NULL THEN @early" in body
+
+
+def test_cutover_date_is_written_in_one_place() -> None:
+    """Every other date in the two files is the one that stands for "not set"."""
+    assert len(re.findall(r"DECLARE @cutoverDate\b", SCRIPT)) == 1
+    code = "".join(tsql.without_comments(batch) for batch in BATCHES)
+    assert set(re.findall(r"'(\d{4}-\d\d-\d\d)'", code)) == {"1900-01-01"}
+    assert not re.search(r"'\d{4}-\d\d-\d\d'", "".join(diff.query for diff in DIFFS))
+
+
+def test_script_stops_where_a_table_is_the_districts_and_no_cutover_is_set() -> None:
+    """Before the first procedure; a trial on an empty database is not stopped."""
+    (place,) = (n for n, batch in enumerate(BATCHES) if "IF (SELECT cutoverDate" in batch)
+    assert set(re.findall(r"OBJECT_ID\(N'samegoal\.(\w+)', N'U'\) IS NULL", BATCHES[place])) == {
+        *tables()
+    } - {"Student", "Settings"}
+    assert not any(ALTERED.search(b) and "PROCEDURE" in b for b in BATCHES[:place])
+    created = [n for n, batch in enumerate(BATCHES) if "CREATE TABLE" in code_of(batch)]
+    assert len(created) == len(tables())
+    assert max(created) < place
+
+
 @by_file
 def test_upsert_refuses_text_longer_than_its_column(diff: Diff) -> None:
     body = procedures()[diff.procedures["Insert"]].body
@@ -437,16 +512,55 @@ def test_config_names_the_files_of_the_template() -> None:
         ("iep.csv", "studentNumber,startDate"),
         ("services_plan.csv", "studentNumber,startDate"),
         ("evaluation_team_report.csv", "studentNumber,meetingDate"),
-        ("special_ed_dates.csv", "studentNumber,eventType,eventDate"),
+        ("special_ed_dates.csv", "studentNumber,eventType,statusDate"),
         ("program_flags.csv", "studentNumber,flag,startDate"),
     ]
     upload = read_config().findall("Upload/SQL")
     assert [element.get("file") for element in upload] == [
-        None,
         "open_records.csv",
         "student_mapping.csv",
     ]
-    assert upload[0].text == "EXEC dbo.sg_cleanup"
+
+
+def test_config_has_the_vendors_columns_of_special_ed_dates() -> None:
+    """Infinite Campus: "Special Ed Dates Tab (Ohio)"; the order is that of EMIS, GE110 to GE150."""
+    assert DIFFS[3].columns == (
+        *("studentNumber", "eventType", "statusDate", "outcome", "nonCompliance"),
+        *("outcomeBeginningDate", "outcomeEndDate"),
+    )
+
+
+def test_config_leaves_the_cleanup_and_the_files_of_other_tables_commented_out() -> None:
+    examples = {element.get("file"): element for element in commented_elements("SQL")}
+    assert [*examples] == [None, "students.csv", "guardians.csv", "users.csv", "user_roles.csv"]
+    assert examples[None].text == "EXEC dbo.sg_cleanup"
+    assert [file for file, element in examples.items() if element.get("maxShrink")] == [
+        "guardians.csv"
+    ]
+    assert "sg_cleanup" not in "".join(e.text or "" for e in read_config().iter("SQL"))
+
+
+def test_config_shows_notify_and_pause_as_comments() -> None:
+    assert [dict(e.attrib) for e in commented_elements("Notify")] == [
+        {"on": "failure", "ping": "${env:SGSYNC_PING}", "url": "${env:SGSYNC_NOTIFY}"}
+    ]
+    assert [dict(e.attrib) for e in commented_elements("Pause")] == [
+        {"from": "07-20", "to": "08-15", "why": "rollover"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "unpublished"),
+    [
+        (CONFIG.read_text("utf-8"), ["nightly extract", "download directory", "base tables"]),
+        (SCRIPT, ["nightly extract", "base tables"]),
+    ],
+    ids=["config.xml", "procedures.sql"],
+)
+def test_files_say_what_is_an_illustration(text: str, unpublished: list[str]) -> None:
+    said = re.split(r"what is an illustration", text, flags=re.I)[1][:700]
+    for name in unpublished:
+        assert name in " ".join(said.replace("--", " ").split())
 
 
 def test_config_has_todos_exactly_where_a_person_must_fill_in() -> None:
@@ -523,57 +637,121 @@ def test_a_column_that_does_not_exist_is_found() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# A real SQL Server
+# Running them: in translation, and on a real SQL Server
 # ---------------------------------------------------------------------------------------------
 
 STUDENT = "100001"
+NONE = "00000000"  # how EMIS writes that an event has no such date
 ROWS: dict[str, tuple[str | None, ...]] = {
     "iep.csv": (
-        *(STUDENT, "2025-09-01", "2026-08-31", "2025-08-20", "RIEP", "Hören 09", "IE13"),
+        *(STUDENT, "2025-09-01", "2026-08-31", "2025-08-20", "RIEP", "**", "IE13"),
         *("0", "1", None, "1"),
     ),
     "services_plan.csv": (
-        *(STUDENT, "2025-09-01", None, "2025-08-20", "05", 'St. Ann\'s, "East"', "0", "1"),
+        *(STUDENT, "2025-09-01", None, "2025-08-20", "ET05", 'St. Änn\'s, "East"', "0", "1"),
     ),
     "evaluation_team_report.csv": (
-        *(STUDENT, "2025-05-02", "IETR", "2025-03-01", None, "CNGI", "05", None, "1"),
+        *(STUDENT, "2025-05-02", "IETR", "2025-03-01", None, "CNGI", "ET05", "01", "1"),
     ),
-    "special_ed_dates.csv": (STUDENT, "IETR", "2025-05-02", "ET05", "2025-05-02", None, "**"),
+    "special_ed_dates.csv": (STUDENT, "IETR", "2025-05-02", "ET05", "**", NONE, NONE),
     "program_flags.csv": (STUDENT, "Student has an IEP", "2025-09-01", None),
 }
+# The events of an evaluation, with the codes of SameGoal's EMIS crosswalk: outcome (****: none),
+# non-compliance (**: none, 01-09), outcome beginning and end date. In the order of the file.
+EVENTS = [
+    (STUDENT, "CNST", "2025-03-03", "CNGI", "**", NONE, NONE),
+    (STUDENT, "IETR", "2022-05-02", "ET01", "09", NONE, NONE),
+    (STUDENT, "IETR", "2025-05-02", "ETNE", "01", NONE, NONE),
+    (STUDENT, "RETR", "2025-05-02", "ET16", "**", NONE, NONE),
+    (STUDENT, "RETR", "2026-05-02", "ETEX", "**", NONE, NONE),
+    (STUDENT, "RFRL", "2025-02-10", "****", "**", NONE, NONE),
+    (STUDENT, "TETR", "2025-08-20", "ET10", "**", "2025-08-20", "2028-05-01"),
+]
 by_row = pytest.mark.parametrize(
     ("diff", "row"), [(diff, ROWS[diff.file]) for diff in DIFFS], ids=[d.file for d in DIFFS]
 )
 
 
-def install(connection: Any) -> None:
-    for batch in BATCHES:
-        execute(connection, batch)
+class SqlServer:
+    """A connection to a SQL Server, with the verbs of `tsql.Translated`."""
 
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
 
-def execute(connection: Any, sql: str, *values: str | None) -> list[tuple[Any, ...]]:
-    """Run one statement to its end, since an error can hide behind the first result."""
-    cursor = connection.cursor()
-    cursor.execute(sql, *values)
-    rows: list[tuple[Any, ...]] = []
-    while True:
-        if cursor.description:
-            rows += [tuple(row) for row in cursor.fetchall()]
-        if not cursor.nextset():
+    def execute(self, sql: str, *values: str | None) -> list[tuple[Any, ...]]:
+        """Run one statement to its end, since an error can hide behind the first result."""
+        import pyodbc
+
+        rows: list[tuple[Any, ...]] = []
+        cursor = self.connection.cursor()  # not in a `with`, which would commit
+        try:
+            cursor.execute(sql, *values)
+            while True:
+                if cursor.description:
+                    rows += [tuple(row) for row in cursor.fetchall()]
+                if not cursor.nextset():
+                    return rows
+        except pyodbc.Error as error:
+            raise tsql.Error(str(error)) from error
+        finally:
             cursor.close()
-            return rows
+
+    def call(self, procedure: str, *values: str | None) -> None:
+        marks = ", ".join("?" * len(values))
+        self.execute(f"EXEC {procedure} {marks}".rstrip(), *values)
+
+    def run_script(self, script: str) -> None:
+        for batch in split_batches(script):
+            self.execute(batch)
 
 
-def call(connection: Any, procedure: str, *values: str | None) -> None:
-    marks = ", ".join("?" * len(values))
-    execute(connection, f"EXEC {procedure} {marks}".rstrip(), *values)
+Sis = tsql.Translated | SqlServer
 
 
-def exported(connection: Any, diff: Diff) -> list[tuple[str | None, ...]]:
+@pytest.fixture(scope="module")
+def installed() -> Iterator[servers.Database]:
+    """A new database on the SQL Server with procedures.sql in it and one student."""
+    import pyodbc
+
+    if not MSSQL:
+        pytest.skip("SGSYNC_TEST_MSSQL holds no connection string to a SQL Server")
+    with servers.mssql_database(MSSQL) as database:
+        connection = pyodbc.connect(database.connection_string, autocommit=True)
+        SqlServer(connection).run_script(SCRIPT)
+        SqlServer(connection).execute(ADD_STUDENT)
+        connection.close()
+        yield database
+
+
+ADD_STUDENT = f"INSERT INTO samegoal.Student (studentNumber) VALUES ('{STUDENT}')"
+
+
+@pytest.fixture
+def server(installed: servers.Database) -> Iterator[SqlServer]:
+    """A connection to that database whose changes are taken back after the test."""
+    import pyodbc
+
+    connection = pyodbc.connect(installed.connection_string)
+    yield SqlServer(connection)
+    connection.rollback()
+    connection.close()
+
+
+@pytest.fixture(params=["translated", "mssql"])
+def sis(request: pytest.FixtureRequest) -> Sis:
+    """procedures.sql in a database with one student: each in turn."""
+    if request.param == "mssql":
+        return request.getfixturevalue("server")
+    translated = tsql.Translated(SCRIPT)
+    translated.execute(ADD_STUDENT)
+    return translated
+
+
+def exported(sis: Sis, diff: Diff) -> list[tuple[str | None, ...]]:
     """The rows of the query as the CSV file would hold them."""
     return [
-        tuple(None if v is None else str(int(v)) if isinstance(v, bool) else v for v in row)
-        for row in execute(connection, diff.query)
+        tuple(str(int(v)) if isinstance(v, int) else v for v in row)
+        for row in sis.execute(diff.query)
     ]
 
 
@@ -581,99 +759,76 @@ def table_of(diff: Diff) -> str:
     return f"samegoal.{diff.select.find(exp.From).this.name}"
 
 
-def untouched(connection: Any, diff: Diff) -> bool:
+def untouched(sis: Sis, diff: Diff) -> bool:
     """Whether no row was written since `modifiedDate` was last set back to 2000."""
-    rows = execute(connection, f"SELECT modifiedDate FROM {table_of(diff)}")
+    rows = sis.execute(f"SELECT modifiedDate FROM {table_of(diff)}")
     return bool(rows) and all(str(modified).startswith("2000-01-01") for (modified,) in rows)
 
 
-def set_back(connection: Any, diff: Diff) -> None:
-    execute(connection, f"UPDATE {table_of(diff)} SET modifiedDate = '2000-01-01'")
+def set_back(sis: Sis, diff: Diff) -> None:
+    sis.execute(f"UPDATE {table_of(diff)} SET modifiedDate = '2000-01-01'")
 
 
-@pytest.fixture(scope="module")
-def installed() -> Iterator[servers.Database]:
-    """A new database with procedures.sql in it and one student."""
-    import pyodbc
-
-    with servers.mssql_database(MSSQL) as database:
-        connection = pyodbc.connect(database.connection_string, autocommit=True)
-        install(connection)
-        execute(connection, f"INSERT INTO samegoal.Student (studentNumber) VALUES ('{STUDENT}')")
-        connection.close()
-        yield database
-
-
-@pytest.fixture
-def connection(installed: servers.Database) -> Iterator[Any]:
-    """A connection to that database whose changes are taken back after the test."""
-    import pyodbc
-
-    connection = pyodbc.connect(installed.connection_string)
-    yield connection
-    connection.rollback()
-    connection.close()
-
-
-@needs_mssql
-def test_install_twice_keeps_rows_and_grants(connection: Any) -> None:
-    execute(connection, "CREATE USER sgsync_tester WITHOUT LOGIN")
-    execute(connection, "GRANT EXECUTE ON dbo.sg_iep_upsert TO sgsync_tester")
-    call(connection, "dbo.sg_iep_upsert", *ROWS["iep.csv"])
+def test_install_twice_keeps_rows_and_grants(server: SqlServer) -> None:
+    server.execute("CREATE USER sgsync_tester WITHOUT LOGIN")
+    server.execute("GRANT EXECUTE ON dbo.sg_iep_upsert TO sgsync_tester")
+    server.call("dbo.sg_iep_upsert", *ROWS["iep.csv"])
     objects = "SELECT name, object_id FROM sys.objects WHERE is_ms_shipped = 0 ORDER BY name"
-    before = execute(connection, objects)
-    install(connection)
-    assert execute(connection, objects) == before
-    assert exported(connection, DIFFS[0]) == [ROWS["iep.csv"]]
+    before = server.execute(objects)
+    server.run_script(SCRIPT)
+    assert server.execute(objects) == before
+    assert exported(server, DIFFS[0]) == [ROWS["iep.csv"]]
     grants = "SELECT COUNT(*) FROM sys.database_permissions WHERE class = 1 AND type = 'EX'"
-    assert execute(connection, grants) == [(1,)]
+    assert server.execute(grants) == [(1,)]
 
 
-@needs_mssql
-def test_install_leaves_a_name_of_the_district_alone(connection: Any) -> None:
+def test_install_leaves_a_name_of_the_district_alone(server: SqlServer) -> None:
     """Also a table without the defaults and constraints of the one that is made."""
     diff = DIFFS[3]
-    execute(connection, "SELECT * INTO dbo.DistrictDates FROM samegoal.SpecialEdDate")
-    execute(connection, "DROP TABLE samegoal.SpecialEdDate")
-    execute(connection, "CREATE SYNONYM samegoal.SpecialEdDate FOR dbo.DistrictDates")
-    install(connection)
-    call(connection, diff.procedures["Insert"], *ROWS[diff.file])
-    assert exported(connection, diff) == [ROWS[diff.file]]
-    assert execute(connection, "SELECT COUNT(*) FROM dbo.DistrictDates") == [(1,)]
+    server.execute("SELECT * INTO dbo.DistrictDates FROM samegoal.SpecialEdDate")
+    server.execute("DROP TABLE samegoal.SpecialEdDate")
+    server.execute("CREATE SYNONYM samegoal.SpecialEdDate FOR dbo.DistrictDates")
+    server.run_script(script_with("2024-07-01"))
+    server.call(diff.procedures["Insert"], *ROWS[diff.file])
+    assert exported(server, diff) == [ROWS[diff.file]]
+    assert server.execute("SELECT COUNT(*) FROM dbo.DistrictDates") == [(1,)]
 
 
-@needs_mssql
-def test_install_refuses_a_system_database(connection: Any) -> None:
-    import pyodbc
-
-    execute(connection, "USE tempdb")
-    with pytest.raises(pyodbc.Error, match="system database"):
-        install(connection)
-    execute(connection, "SET NOEXEC OFF")
+def test_install_refuses_a_system_database(server: SqlServer) -> None:
+    server.execute("USE tempdb")
+    with pytest.raises(tsql.Error, match="system database"):
+        server.run_script(SCRIPT)
+    server.execute("SET NOEXEC OFF")
 
 
-@needs_mssql
-@by_row
-def test_upsert_gives_the_row_that_was_sent(
-    diff: Diff, row: tuple[str, ...], connection: Any
+def test_install_asks_for_the_cutover_date_where_a_table_is_the_districts(
+    server: SqlServer,
 ) -> None:
-    call(connection, diff.procedures["Insert"], *row)
-    assert exported(connection, diff) == [row]
+    server.execute("SELECT * INTO dbo.DistrictDates FROM samegoal.SpecialEdDate")
+    server.execute("DROP TABLE samegoal.SpecialEdDate")
+    server.execute("CREATE SYNONYM samegoal.SpecialEdDate FOR dbo.DistrictDates")
+    with pytest.raises(tsql.Error, match="set the cutover date there, then run this again"):
+        server.run_script(SCRIPT)
+    server.execute("SET NOEXEC OFF")
 
 
-@needs_mssql
 @by_row
-def test_upsert_again_changes_nothing(diff: Diff, row: tuple[str, ...], connection: Any) -> None:
-    call(connection, diff.procedures["Insert"], *row)
-    set_back(connection, diff)
-    call(connection, diff.procedures["Update"], *row)
-    assert untouched(connection, diff)
-    assert exported(connection, diff) == [row]
+def test_upsert_gives_the_row_that_was_sent(diff: Diff, row: tuple[str, ...], sis: Sis) -> None:
+    sis.call(diff.procedures["Insert"], *row)
+    assert exported(sis, diff) == [row]
 
 
-@needs_mssql
 @by_row
-def test_upsert_writes_each_change(diff: Diff, row: tuple[str, ...], connection: Any) -> None:
+def test_upsert_again_changes_nothing(diff: Diff, row: tuple[str, ...], sis: Sis) -> None:
+    sis.call(diff.procedures["Insert"], *row)
+    set_back(sis, diff)
+    sis.call(diff.procedures["Update"], *row)
+    assert untouched(sis, diff)
+    assert exported(sis, diff) == [row]
+
+
+@by_row
+def test_upsert_writes_each_change(diff: Diff, row: tuple[str, ...], sis: Sis) -> None:
     """Each column by itself, from a value to none and back, and a change of case alone."""
     for index, column in enumerate(diff.columns):
         if column in diff.key or column == "locked":
@@ -682,39 +837,36 @@ def test_upsert_writes_each_change(diff: Diff, row: tuple[str, ...], connection:
         values = {"nvarchar": ["ab", "AB"], "bit": ["0", "1"], "date": ["2026-01-05"]}[kind]
         for value in [*values, None, row[index]]:
             changed = (*row[:index], value, *row[index + 1 :])
-            call(connection, diff.procedures["Update"], *changed)
-            assert exported(connection, diff) == [changed], column
+            sis.call(diff.procedures["Update"], *changed)
+            if value is None and column in {"outcomeBeginningDate", "outcomeEndDate"}:
+                changed = (*row[:index], NONE, *row[index + 1 :])
+            assert exported(sis, diff) == [changed], column
 
 
-@needs_mssql
 @pytest.mark.parametrize("diff", DIFFS[:3], ids=lambda diff: diff.file)
-def test_upsert_locks_again_what_staff_unlocked(diff: Diff, connection: Any) -> None:
+def test_upsert_locks_again_what_staff_unlocked(diff: Diff, sis: Sis) -> None:
     row = ROWS[diff.file]
-    call(connection, diff.procedures["Insert"], *row)
-    execute(connection, f"UPDATE {table_of(diff)} SET locked = 0")
-    assert exported(connection, diff) == [(*row[:-1], "0")]
-    call(connection, diff.procedures["Update"], *row)
-    assert exported(connection, diff) == [row]
+    sis.call(diff.procedures["Insert"], *row)
+    sis.execute(f"UPDATE {table_of(diff)} SET locked = 0")
+    assert exported(sis, diff) == [(*row[:-1], "0")]
+    sis.call(diff.procedures["Update"], *row)
+    assert exported(sis, diff) == [row]
 
 
-@needs_mssql
 @by_row
-def test_delete_retires_and_upsert_brings_back(
-    diff: Diff, row: tuple[str, ...], connection: Any
-) -> None:
+def test_delete_retires_and_upsert_brings_back(diff: Diff, row: tuple[str, ...], sis: Sis) -> None:
     key = row[: len(diff.key)]
-    call(connection, diff.procedures["Delete"], *key)  # nothing there: nothing to do
-    call(connection, diff.procedures["Insert"], *row)
-    call(connection, diff.procedures["Delete"], *key)
-    assert exported(connection, diff) == []
-    set_back(connection, diff)
-    call(connection, diff.procedures["Delete"], *key)
-    assert untouched(connection, diff)
-    call(connection, diff.procedures["Insert"], *row)
-    assert exported(connection, diff) == [row]
+    sis.call(diff.procedures["Delete"], *key)  # nothing there: nothing to do
+    sis.call(diff.procedures["Insert"], *row)
+    sis.call(diff.procedures["Delete"], *key)
+    assert exported(sis, diff) == []
+    set_back(sis, diff)
+    sis.call(diff.procedures["Delete"], *key)
+    assert untouched(sis, diff)
+    sis.call(diff.procedures["Insert"], *row)
+    assert exported(sis, diff) == [row]
 
 
-@needs_mssql
 @pytest.mark.parametrize(
     ("start", "end", "expected"),
     [
@@ -724,37 +876,33 @@ def test_delete_retires_and_upsert_brings_back(
         ("2998-09-01", None, "2998-09-01"),
     ],
 )
-def test_delete_ends_a_flag(start: str, end: str | None, expected: str, connection: Any) -> None:
-    call(connection, "dbo.sg_program_flag_upsert", STUDENT, "Student has an IEP", start, end)
-    call(connection, "dbo.sg_program_flag_delete", STUDENT, "Student has an IEP", start)
+def test_delete_ends_a_flag(start: str, end: str | None, expected: str, sis: Sis) -> None:
+    sis.call("dbo.sg_program_flag_upsert", STUDENT, "Student has an IEP", start, end)
+    sis.call("dbo.sg_program_flag_delete", STUDENT, "Student has an IEP", start)
     dates = "SELECT endDate, retiredDate, CAST(SYSDATETIME() AS date) FROM samegoal.ProgramFlag"
-    ((ended, retired, today),) = execute(connection, dates)
+    ((ended, retired, today),) = sis.execute(dates)
     assert str(ended) == (str(today) if expected == "today" else expected)
     assert str(retired) == str(today)
 
 
-@needs_mssql
 @by_row
-def test_unknown_student_number_is_named(diff: Diff, row: tuple[str, ...], connection: Any) -> None:
-    import pyodbc
-
+def test_unknown_student_number_is_named(diff: Diff, row: tuple[str, ...], sis: Sis) -> None:
     for operation, values in [("Insert", row), ("Delete", row[: len(diff.key)])]:
-        with pytest.raises(pyodbc.Error) as raised:
-            call(connection, diff.procedures[operation], "9999%d", *values[1:])
+        with pytest.raises(tsql.Error) as raised:
+            sis.call(diff.procedures[operation], "9999%d", *values[1:])
         message = str(raised.value)
         assert "of student 9999%d, " in message
         assert all(value in message for value in row[1 : len(diff.key)])
         assert message.count("no student, or more than one, has this number") == 1
 
 
-@needs_mssql
 @pytest.mark.parametrize(
     ("column", "value", "problem"),
     [
         ("startDate", "09/01/2025", "startDate is not a date"),
         ("startDate", None, "startDate is not a date"),
         ("endDate", "2025-02-30", "endDate is not a date"),
-        ("endDate", "2025-08-31", "endDate lies before startDate"),
+        ("endDate", "2025-08-31", "endDate is before startDate"),
         ("meetingDate", "20250820", "meetingDate is not a date"),
         ("meetingType", "x" * 21, "meetingType is longer than 20 characters"),
         ("primaryDisability", "x" * 5000, "primaryDisability is longer than 50 characters"),
@@ -763,51 +911,49 @@ def test_unknown_student_number_is_named(diff: Diff, row: tuple[str, ...], conne
         ("locked", None, "a completed document is locked"),
     ],
 )
-def test_bad_value_is_named(column: str, value: str | None, problem: str, connection: Any) -> None:
-    import pyodbc
-
+def test_bad_value_is_named(column: str, value: str | None, problem: str, sis: Sis) -> None:
     row = list(ROWS["iep.csv"])
     row[DIFFS[0].columns.index(column)] = value
-    with pytest.raises(pyodbc.Error) as raised:
-        call(connection, "dbo.sg_iep_upsert", *row)
+    with pytest.raises(tsql.Error) as raised:
+        sis.call("dbo.sg_iep_upsert", *row)
     assert f"IEP of student {STUDENT}, " in str(raised.value)
     assert problem in str(raised.value)
-    assert exported(connection, DIFFS[0]) == []
+    assert exported(sis, DIFFS[0]) == []
 
 
-@needs_mssql
 @pytest.mark.parametrize("xact_abort", ["ON", "OFF"])
-def test_bad_row_leaves_the_callers_transaction_as_it_is(xact_abort: str, connection: Any) -> None:
-    import pyodbc
-
-    execute(connection, f"SET XACT_ABORT {xact_abort}")
+def test_bad_row_leaves_the_callers_transaction_as_it_is(
+    xact_abort: str, server: SqlServer
+) -> None:
+    server.execute(f"SET XACT_ABORT {xact_abort}")
     good = ROWS["program_flags.csv"]
-    call(connection, "dbo.sg_program_flag_upsert", *good)
-    with pytest.raises(pyodbc.Error, match="9999"):
-        call(connection, "dbo.sg_program_flag_upsert", "9999", *good[1:])
-    assert execute(connection, "SELECT @@TRANCOUNT, XACT_STATE()") == [(1, 1)]
-    assert exported(connection, DIFFS[4]) == [good]
+    server.call("dbo.sg_program_flag_upsert", *good)
+    with pytest.raises(tsql.Error, match="9999"):
+        server.call("dbo.sg_program_flag_upsert", "9999", *good[1:])
+    assert server.execute("SELECT @@TRANCOUNT, XACT_STATE()") == [(1, 1)]
+    assert exported(server, DIFFS[4]) == [good]
 
 
-@needs_mssql
-def test_error_of_the_table_names_the_row(connection: Any) -> None:
-    import pyodbc
-
-    execute(
-        connection,
-        "ALTER TABLE samegoal.ProgramFlag ADD CONSTRAINT CK_test CHECK (flag <> 'forbidden')",
-    )
-    with pytest.raises(pyodbc.Error) as raised:
-        call(connection, "dbo.sg_program_flag_upsert", STUDENT, "forbidden", "2025-09-01", None)
+def test_error_of_the_table_names_the_row(sis: Sis) -> None:
+    if isinstance(sis, SqlServer):
+        sis.execute(
+            "ALTER TABLE samegoal.ProgramFlag ADD CONSTRAINT CK_test CHECK (flag <> 'forbidden')"
+        )
+    else:
+        sis.database.execute(
+            'CREATE TRIGGER t BEFORE INSERT ON "samegoal.ProgramFlag" '
+            "WHEN NEW.flag = 'forbidden' BEGIN SELECT RAISE(ABORT, 'CK_test'); END"
+        )
+    with pytest.raises(tsql.Error) as raised:
+        sis.call("dbo.sg_program_flag_upsert", STUDENT, "forbidden", "2025-09-01", None)
     assert f"program flag of student {STUDENT}, forbidden 2025-09-01: " in str(raised.value)
     assert "CK_test" in str(raised.value)
 
 
-@needs_mssql
-def test_cleanup_ends_flags_of_students_who_left_and_reopens_them(connection: Any) -> None:
+def test_cleanup_ends_flags_of_students_who_left_and_reopens_them(sis: Sis) -> None:
     flags = DIFFS[4]
     row = ROWS[flags.file]
-    call(connection, "dbo.sg_program_flag_upsert", *row)
+    sis.call("dbo.sg_program_flag_upsert", *row)
     for exit_date, expected in [
         (None, "None"),
         ("2999-01-01", "None"),
@@ -816,32 +962,295 @@ def test_cleanup_ends_flags_of_students_who_left_and_reopens_them(connection: An
         ("2025-08-01", "2025-09-01"),
         (None, "None"),
     ]:
-        execute(connection, "UPDATE samegoal.Student SET exitDate = ?", exit_date)
-        call(connection, "dbo.sg_cleanup")
-        ((end,),) = execute(connection, "SELECT endDate FROM samegoal.ProgramFlag")
+        sis.execute("UPDATE samegoal.Student SET exitDate = ?", exit_date)
+        sis.call("dbo.sg_cleanup")
+        ((end,),) = sis.execute("SELECT endDate FROM samegoal.ProgramFlag")
         assert str(end) == expected
-        set_back(connection, flags)
-        call(connection, "dbo.sg_cleanup")
-        call(connection, "dbo.sg_program_flag_upsert", *row)
-        assert untouched(connection, flags)
-        assert exported(connection, flags) == [row]
+        set_back(sis, flags)
+        sis.call("dbo.sg_cleanup")
+        sis.call("dbo.sg_program_flag_upsert", *row)
+        assert untouched(sis, flags)
+        assert exported(sis, flags) == [row]
 
 
-@needs_mssql
-def test_cleanup_leaves_flags_that_samegoal_ended(connection: Any) -> None:
+def test_cleanup_leaves_flags_that_samegoal_ended(sis: Sis) -> None:
     row = (STUDENT, "Student has an IEP", "2025-09-01", "2025-10-01")
-    call(connection, "dbo.sg_program_flag_upsert", *row)
-    execute(connection, "UPDATE samegoal.Student SET exitDate = '2026-01-15'")
-    call(connection, "dbo.sg_cleanup")
-    assert exported(connection, DIFFS[4]) == [row]
+    sis.call("dbo.sg_program_flag_upsert", *row)
+    sis.execute("UPDATE samegoal.Student SET exitDate = '2026-01-15'")
+    sis.call("dbo.sg_cleanup")
+    assert exported(sis, DIFFS[4]) == [row]
 
 
-@needs_mssql
-def test_upload_statements_run(connection: Any) -> None:
+def test_cleanup_leaves_flags_from_before_the_cutover_alone(sis: Sis) -> None:
+    sis.call("dbo.sg_program_flag_upsert", STUDENT, "old", "2024-06-30", None)
+    sis.call("dbo.sg_program_flag_upsert", STUDENT, "new", "2024-07-01", None)
+    sis.run_script(script_with("2024-07-01"))
+    sis.execute("UPDATE samegoal.Student SET exitDate = '2026-01-15'")
+    sis.call("dbo.sg_cleanup")
+    rows = sis.execute("SELECT flag, endDate FROM samegoal.ProgramFlag ORDER BY flag")
+    assert [(flag, str(end)) for flag, end in rows] == [("new", "2026-01-15"), ("old", "None")]
+
+
+def test_special_ed_dates_have_the_codes_of_the_crosswalk(sis: Sis) -> None:
+    diff = DIFFS[3]
+    for row in reversed(EVENTS):
+        sis.call(diff.procedures["Insert"], *row)
+    assert exported(sis, diff) == EVENTS
+    stored = "SELECT outcomeBeginningDate, outcomeEndDate FROM samegoal.SpecialEdDate"
+    assert sis.execute(f"{stored} WHERE eventType = 'IETR'") == [(None, None)] * 2
+    set_back(sis, diff)
+    for row in EVENTS:
+        sis.call(diff.procedures["Update"], *row)
+        sis.call(diff.procedures["Update"], *(None if value == NONE else value for value in row))
+    assert untouched(sis, diff)
+
+
+@by_row
+def test_nothing_before_the_cutover_date_is_shown_or_changed(
+    diff: Diff, row: tuple[str, ...], sis: Sis
+) -> None:
+    place = next(n for n, column in enumerate(diff.key) if column.endswith("Date"))
+    date, key = row[place], row[: len(diff.key)]
+    sis.call(diff.procedures["Insert"], *row)
+    sis.run_script(script_with(date))  # the first day of SameGoal
+    sis.call(diff.procedures["Update"], *row)
+    assert exported(sis, diff) == [row]
+    sis.run_script(script_with("2026-01-01"))
+    assert exported(sis, diff) == []
+    set_back(sis, diff)
+    for operation, values in [("Insert", row), ("Update", row), ("Delete", key)]:
+        with pytest.raises(tsql.Error) as raised:
+            sis.call(diff.procedures[operation], *values)
+        assert f"of student {STUDENT}, " in str(raised.value)
+        assert (
+            f"{diff.key[place]} is before the cutover date 2026-01-01. Try: have SameGoal leave "
+            "older records out of the extract, or correct the cutover date in section 2 of "
+            "procedures.sql"
+        ) in str(raised.value)
+    assert untouched(sis, diff)
+    sis.run_script(script_with("1900-01-01"))
+    assert exported(sis, diff) == [row]
+
+
+def test_script_of_a_new_version_keeps_the_cutover_date(sis: Sis) -> None:
+    setting = "SELECT cutoverDate FROM samegoal.Settings"
+    assert str(sis.execute(setting)[0][0]) == "1900-01-01"
+    for script, expected in [
+        (script_with("2024-07-01"), "2024-07-01"),
+        (SCRIPT, "2024-07-01"),
+        (script_with("2023-07-01"), "2023-07-01"),
+    ]:
+        sis.run_script(script)
+        ((cutover,),) = sis.execute(setting)
+        assert str(cutover) == expected
+
+
+def test_procedures_refuse_every_row_without_a_cutover_date(sis: Sis) -> None:
+    sis.execute("DELETE FROM samegoal.Settings")
+    with pytest.raises(tsql.Error, match=r"has no cutover date\. Try: run procedures\.sql again"):
+        sis.call("dbo.sg_iep_upsert", *ROWS["iep.csv"])
+
+
+FLAG = "Student has an IEP"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        (("2024-09-01", None), ("2025-09-01", None), True),
+        (("2024-09-01", None), ("2025-09-01", "2999-01-01"), True),
+        (("2024-09-01", "2999-01-01"), ("2025-09-01", None), True),
+        (("2025-09-01", None), ("2024-09-01", None), True),
+        (("2024-09-01", "2025-08-31"), ("2025-09-01", None), False),
+        (("2024-09-01", None), ("2023-09-01", "2024-08-31"), False),
+    ],
+)
+def test_second_active_flag_is_refused(
+    first: tuple[str, str | None], second: tuple[str, str | None], refused: bool, sis: Sis
+) -> None:
+    sis.call("dbo.sg_program_flag_upsert", STUDENT, FLAG, *first)
+    sis.call("dbo.sg_program_flag_upsert", STUDENT, "Another flag", *second)
+    if refused:
+        with pytest.raises(tsql.Error) as raised:
+            sis.call("dbo.sg_program_flag_upsert", STUDENT, FLAG, *second)
+        assert (
+            f"program flag of student {STUDENT}, {FLAG} {second[0]}: the student already has this "
+            f"flag, active since {first[0]}. Try: end the older flag in the SIS, or correct its "
+            "dates in SameGoal"
+        ) in str(raised.value)
+    else:
+        sis.call("dbo.sg_program_flag_upsert", STUDENT, FLAG, *second)
+    count = f"SELECT COUNT(*) FROM samegoal.ProgramFlag WHERE flag = '{FLAG}'"
+    assert sis.execute(count) == [(1 if refused else 2,)]
+
+
+def test_second_active_flag_is_refused_where_the_first_is_from_before_the_cutover(sis: Sis) -> None:
+    sis.call("dbo.sg_program_flag_upsert", STUDENT, FLAG, "2023-09-01", None)
+    sis.run_script(script_with("2024-07-01"))
+    with pytest.raises(tsql.Error, match=r"already has this flag, active since 2023-09-01\. Try:"):
+        sis.call("dbo.sg_program_flag_upsert", STUDENT, FLAG, "2024-09-01", None)
+    assert exported(sis, DIFFS[4]) == []
+
+
+def test_flag_that_begins_anew_after_the_old_one_was_ended_or_deleted(sis: Sis) -> None:
+    """In the order of a run: deletes, updates, inserts."""
+    for begin, end in [("2022-09-01", None), ("2022-09-01", "2023-08-31"), ("2023-09-01", None)]:
+        sis.call("dbo.sg_program_flag_upsert", STUDENT, FLAG, begin, end)
+    sis.call("dbo.sg_program_flag_delete", STUDENT, FLAG, "2023-09-01")
+    sis.call("dbo.sg_program_flag_upsert", STUDENT, FLAG, "2024-09-01", None)
+    assert exported(sis, DIFFS[4]) == [
+        (STUDENT, FLAG, "2022-09-01", "2023-08-31"),
+        (STUDENT, FLAG, "2024-09-01", None),
+    ]
+
+
+def test_flag_that_the_sis_has_twice_is_refused(sis: Sis) -> None:
+    """A table of the district's own, without the unique index."""
+    unique = "CONSTRAINT UQ_samegoal_ProgramFlag UNIQUE CLUSTERED (personID, flag, startDate),"
+    if isinstance(sis, SqlServer):
+        sis.execute("ALTER TABLE samegoal.ProgramFlag DROP CONSTRAINT UQ_samegoal_ProgramFlag")
+    else:
+        assert unique in SCRIPT
+        sis = tsql.Translated(SCRIPT.replace(unique, ""))
+        sis.execute(ADD_STUDENT)
+    person = sis.execute("SELECT personID FROM samegoal.Student")[0][0]
+    for _ in range(2):
+        sis.execute(
+            "INSERT INTO samegoal.ProgramFlag (personID, flag, startDate, endedByExit, "
+            f"modifiedDate) VALUES ({person}, '{FLAG}', '2025-09-01', 0, '2000-01-01')"
+        )
+    with pytest.raises(tsql.Error) as raised:
+        sis.call("dbo.sg_program_flag_upsert", STUDENT, FLAG, "2025-09-01", "2025-10-01")
+    assert (
+        f"program flag of student {STUDENT}, {FLAG} 2025-09-01: the SIS has this flag more than "
+        "once. Try: delete all but one of them in the SIS"
+    ) in str(raised.value)
+    assert untouched(sis, DIFFS[4])
+
+
+def test_upload_statements_run(sis: Sis) -> None:
     for diff in DIFFS:
-        call(connection, diff.procedures["Insert"], *ROWS[diff.file])
-    results = [execute(connection, e.text) for e in read_config().findall("Upload/SQL")]
-    assert results[0] == []
-    assert {row[1] for row in results[1]} >= {"FLAG", "SP"}
-    assert all(row[0] == STUDENT for row in results[1])
-    assert [row[0] for row in results[2]] == [STUDENT]
+        sis.call(diff.procedures["Insert"], *ROWS[diff.file])
+    open_records, mapping = (sis.execute(e.text) for e in read_config().findall("Upload/SQL"))
+    assert {row[1] for row in open_records} >= {"FLAG", "SP"}
+    assert all(row[0] == STUDENT for row in open_records)
+    assert [row[0] for row in mapping] == [STUDENT]
+    sis.run_script(script_with("2026-01-01"))
+    assert sis.execute(read_config().find("Upload/SQL[@file='open_records.csv']").text) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Students of Infinite Campus: no-shows and next year's enrollments
+# ---------------------------------------------------------------------------------------------
+
+# student number -> enrollments: endYear, begin, end, noShow, stateExclude
+ENROLLMENTS: dict[str | None, list[tuple[int, str, str | None, int | None, int | None]]] = {
+    "enrolled": [(2020, "2019-08-15", "2020-06-05", 0, 0), (2021, "2020-08-15", None, 0, 0)],
+    "unmarked": [(2021, "2020-08-15", None, None, None)],
+    "no-show": [(2021, "2020-08-15", None, 1, 0)],
+    "next-year": [(2022, "2021-08-15", None, 0, 0)],
+    "excluded": [(2021, "2020-08-15", None, 0, 1)],
+    "left": [(2021, "2020-08-15", "2021-01-15", 0, 0)],
+    "left-no-show": [(2020, "2019-08-15", "2020-06-05", 0, 0), (2021, "2020-08-15", None, 1, 0)],
+    "left-next": [(2021, "2020-08-15", "2021-05-29", 0, 0), (2022, "2021-08-15", None, 0, 0)],
+    "back": [(2020, "2019-08-15", "2019-10-01", 0, 0), (2021, "2020-08-15", None, 0, 0)],
+    "two-schools": [(2021, "2020-08-15", None, 0, 0), (2021, "2020-11-03", None, 0, 0)],
+    "none": [],
+    None: [(2021, "2020-08-15", None, 0, 0)],
+}
+CAMPUS = [
+    "CREATE TABLE dbo.SchoolYear (endYear int, active bit)",
+    "CREATE TABLE dbo.Person (personID int, studentNumber nvarchar(15), stateID nvarchar(15), "
+    "currentIdentityID int)",
+    "CREATE TABLE dbo.[Identity] (identityID int, lastName nvarchar(50), middleName nvarchar(50), "
+    "firstName nvarchar(50), birthdate date, gender char(1))",
+    "CREATE TABLE dbo.Enrollment (enrollmentID int, personID int, calendarID int, endYear int, "
+    "startDate date, endDate date, noShow bit, stateExclude bit, serviceType char(1), "
+    "grade nvarchar(4))",
+    "CREATE TABLE dbo.Calendar (calendarID int, schoolID int)",
+    "CREATE TABLE dbo.School (schoolID int, name nvarchar(40), number nvarchar(7))",
+    "INSERT INTO dbo.SchoolYear (endYear, active) VALUES (2020, 0), (2021, 1), (2022, 0)",
+    "INSERT INTO dbo.Calendar (calendarID, schoolID) VALUES (7, 3)",
+    "INSERT INTO dbo.School (schoolID, name, number) VALUES (3, 'North', '012345')",
+]
+
+
+@pytest.fixture
+def campus(sis: Sis) -> Sis:
+    """Infinite Campus' own tables with ENROLLMENTS, and procedures.sql with its student view."""
+    for statement in CAMPUS:
+        sis.execute(statement)
+    enrollment = 0
+    for person, (number, enrollments) in enumerate(ENROLLMENTS.items(), 1):
+        sis.execute("INSERT INTO dbo.Person VALUES (?, ?, ?, ?)", person, number, "S1", person)
+        sis.execute(
+            "INSERT INTO dbo.[Identity] VALUES (?, 'Last', NULL, 'First', '2015-02-28', 'F')",
+            person,
+        )
+        for values in enrollments:
+            enrollment += 1
+            sis.execute(
+                "INSERT INTO dbo.Enrollment VALUES (?, ?, 7, ?, ?, ?, ?, ?, 'P', '05')",
+                *(enrollment, person, *values),
+            )
+    sis.execute("DROP TABLE samegoal.Student")
+    for batch in commented_batches(STUDENT_VIEW):
+        sis.run_script(batch) if isinstance(sis, tsql.Translated) else sis.execute(batch)
+    return sis
+
+
+def test_student_view_leaves_out_no_shows_and_next_years_enrollments(campus: Sis) -> None:
+    rows = campus.execute("SELECT studentNumber, exitDate FROM samegoal.Student")
+    assert sorted((number, str(left)) for number, left in rows) == [
+        ("back", "None"),
+        ("enrolled", "None"),
+        ("left", "2021-01-15"),
+        ("left-next", "2021-05-29"),
+        ("left-no-show", "2020-06-05"),
+        ("two-schools", "None"),
+        ("unmarked", "None"),
+    ]
+
+
+@by_row
+def test_export_and_procedures_know_only_the_students_of_the_view(
+    diff: Diff, row: tuple[str, ...], campus: Sis
+) -> None:
+    for number in ["left", "enrolled"]:
+        campus.call(diff.procedures["Insert"], number, *row[1:])
+    for number in ["no-show", "next-year", "excluded", "none"]:
+        with pytest.raises(tsql.Error, match="no student, or more than one, has this number"):
+            campus.call(diff.procedures["Insert"], number, *row[1:])
+    assert exported(campus, diff) == [("enrolled", *row[1:]), ("left", *row[1:])]
+    campus.execute("UPDATE dbo.Enrollment SET noShow = 1 WHERE personID = 1")
+    assert exported(campus, diff) == [("left", *row[1:])]
+
+
+def test_cleanup_ends_the_flags_of_students_who_left_in_the_view(campus: Sis) -> None:
+    for number in ["enrolled", "left", "left-next"]:
+        campus.call("dbo.sg_program_flag_upsert", number, FLAG, "2020-09-01", None)
+    campus.call("dbo.sg_cleanup")
+    rows = campus.execute(
+        "SELECT s.studentNumber, f.endDate FROM samegoal.ProgramFlag AS f "
+        "INNER JOIN samegoal.Student AS s ON s.personID = f.personID"
+    )
+    assert sorted((number, str(end)) for number, end in rows) == [
+        ("enrolled", "None"),
+        ("left", "2021-01-15"),
+        ("left-next", "2021-05-29"),
+    ]
+
+
+def test_example_of_students_csv_gives_one_row_a_student_of_today(campus: Sis) -> None:
+    (example,) = (e for e in commented_elements("SQL") if e.get("file") == "students.csv")
+    columns = [s.alias_or_name for s in sqlglot.parse_one(example.text, dialect="tsql").selects]
+    assert columns == [
+        *("Student Id", "Last Name", "Middle Name", "First Name", "Date of Birth", "Gender"),
+        *("District Enrollment", "Grade", "Student Reporting Id"),
+        *("Building", "Building Reporting Id", "SIS Internal ID"),
+    ]
+    rows = campus.execute(example.text)
+    assert [row[0] for row in rows] == ["back", "enrolled", "two-schools", "unmarked"]
+    assert rows[1][1:] == (
+        *("Last", None, "First", "2015-02-28", "F", "ENROLLED", "05", "S1", "North", "012345", 1),
+    )

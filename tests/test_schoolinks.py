@@ -992,7 +992,8 @@ def test_log_and_summary_tell_each_file_and_nothing_personal(
     first_20 = ", ".join(str(number) for number in range(2025, 2005, -1))
     run = district.run.name
     assert lines == [
-        f"sgsync {sgsync.__version__} schoolinks, run {run}",
+        f"sgsync {sgsync.__version__} schoolinks, run {run}, account {district.summary['account']} "
+        f"on {district.summary['computer']}, arguments: schoolinks --json --home {district.path}",
         "PowerSchool: 27 students",
         "attendance_percentage.csv: 1 row",
         "attendance_percentage.csv: 2 days counted on neither side: a value was NULL",
@@ -1007,7 +1008,7 @@ def test_log_and_summary_tell_each_file_and_nothing_personal(
         lines[-1],
     ]
     assert lines[-1].startswith(f"complete: {district.summary['message']} (")
-    assert district.summary["files"] == [
+    assert district.summary["sections"] == [
         {"file": ATTENDANCE, "section": "attendance", "rows": 1, "null_days": 2,
          "without": {"no membership days": 25, "only NULL days": 1}, "uploaded": "live"},
         {"file": GPA, "section": "GPA", "rows": 26, "null_days": 0, "without": {"no GPA": 1},
@@ -1034,7 +1035,7 @@ def test_a_file_without_rows_stops_everything(district: District) -> None:
     district.students(1001)
     district.forget(11001, table="s_il_stu_x", column="studentsdcid")
     assert district.refused(6) == (
-        "held, nothing was uploaded: student_tags.csv: has no rows\n"
+        "nothing was uploaded: student_tags.csv: has no rows\n"
         "Try: look at the files in this run's folder and at PowerSchool; if they are right, run "
         "again with --force"
     )
@@ -1062,7 +1063,7 @@ def test_a_file_that_shrank_names_who_would_lose_what(district: District) -> Non
     district.forget(11004, table="s_il_stu_x", column="studentsdcid")
     district.powerschool.execute("UPDATE s_il_stu_x SET lii = 0 WHERE studentsdcid = 11005")
     assert district.refused(6) == (
-        "held, nothing was uploaded: attendance_percentage.csv: 17 rows instead of 20 in the "
+        "nothing was uploaded: attendance_percentage.csv: 17 rows instead of 20 in the "
         f"upload of {epoch}, maxShrink is 10%: 3 students would lose their attendance; "
         f"gpa.csv: 17 rows instead of 20 in the upload of {epoch}, maxShrink is 10%: 3 students "
         "would lose their GPA; "
@@ -1082,7 +1083,7 @@ def test_a_file_that_became_empty_names_who_would_lose_what(district: District) 
     assert district.main() == 0
     district.powerschool.execute("DELETE FROM u_def_ext_students0")
     assert district.refused(6).splitlines()[0] == (
-        "held, nothing was uploaded: gpa.csv: has no rows: 2 students would lose their GPA"
+        "nothing was uploaded: gpa.csv: has no rows: 2 students would lose their GPA"
     )
 
 
@@ -1235,7 +1236,7 @@ def test_schoolinks_test_uploads_to_the_test_directory(district: District) -> No
     assert district.main("--test") == 0
     assert district.sent() == {}
     assert list(district.sent("other")) == list(FILES)
-    assert {line["uploaded"] for line in district.summary["files"]} == {"test"}
+    assert {line["uploaded"] for line in district.summary["sections"]} == {"test"}
     assert district.summary["message"].endswith("; uploaded to /other")
 
 
@@ -1249,7 +1250,7 @@ def test_schoolinks_dry_run_builds_the_files_and_connects_to_nobody(district: Di
         "attendance_percentage.csv: 1 row, gpa.csv: 1 row, student_tags.csv: 1 row; nothing was "
         "uploaded"
     )
-    assert {line["uploaded"] for line in district.summary["files"]} == {""}
+    assert {line["uploaded"] for line in district.summary["sections"]} == {""}
     assert sorted(path.name for path in district.run.iterdir()) == sorted(
         [*FILES, "sgi_log.txt", "summary.json"]
     )
@@ -1378,7 +1379,7 @@ def test_upload_that_arrives_short_is_not_put_in_place(quirky: Any) -> None:
         f"bytes arrived of {size}\nTry: see whether the server's disk is full"
     )
     assert ATTENDANCE not in district.sent()
-    assert {line["uploaded"] for line in district.summary["files"]} == {""}
+    assert {line["uploaded"] for line in district.summary["sections"]} == {""}
 
 
 def test_upload_that_is_cut_goes_on_where_it_was(quirky: Any) -> None:
@@ -1405,7 +1406,7 @@ def test_upload_that_fails_half_way_counts_the_files_that_arrived(
     monkeypatch.setattr(sgsync.Sftp, "write_whole", fail)
     assert district.failed(3) == "the server is tired"
     assert list(district.sent()) == [ATTENDANCE]
-    assert [line["uploaded"] for line in district.summary["files"]] == ["live", "", ""]
+    assert [line["uploaded"] for line in district.summary["sections"]] == ["live", "", ""]
     district.forget(*range(1001, 1011))
     message = district.refused(6)
     assert "attendance_percentage.csv: 10 rows instead of 20" in message

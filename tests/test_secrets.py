@@ -37,7 +37,7 @@ def no_waiting(short_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
         folder.mkdir(mode=0o700, parents=True)
         return folder
 
-    monkeypatch.setattr(sgsync, "_new_epoch", new_epoch)
+    monkeypatch.setattr(sgsync.Run, "_new_folder", staticmethod(new_epoch))
 
 
 def spellings(secret: str) -> set[str]:
@@ -195,13 +195,14 @@ def test_a_traceback_shows_no_password(
     raised: Callable[[sgsync.SyncConfig], Exception],
     code: int,
 ) -> None:
-    def fail(config: sgsync.SyncConfig, *_: object) -> None:
+    def fail(sync: sgsync.Sync) -> None:
+        config = sync.config
         try:
             raise RuntimeError(config.sftp.passphrase + config.database.connection_string)
         except RuntimeError as error:
             raise raised(config) from error
 
-    monkeypatch.setattr(sgsync, "diff_files", fail)
+    monkeypatch.setattr(sgsync.Sync, "compare_files", fail)
     assert ("Traceback" in leaves_no_secret(code)) == (code == 1)
 
 
@@ -390,7 +391,7 @@ def test_held_and_dry_runs_tell_no_personal_data(
     home.sis(stored([*people(1001, status="OPEN"), *people(1002)]))
     home.extract(people(1001))
     tells_nobody(6)
-    tells_nobody(0, "sync", "--dry-run")
+    tells_nobody(6, "sync", "--dry-run")
 
 
 def test_rows_that_do_not_converge_tell_no_personal_data(

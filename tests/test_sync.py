@@ -176,7 +176,8 @@ def test_over_limits_counts_rows_or_percent(
     comparison = sgsync.compare(*paths, tmp_path / "iep.csv", spec)
     found = sgsync.over_limits([comparison], allowed, None)
     begin = "; they begin with studentNumber=0000"
-    assert [text.split(begin)[0] for text in found] == ([f"iep.csv: {reason}"] if reason else [])
+    told = [excess.sentence.split(begin)[0] for excess in found]
+    assert told == ([f"iep.csv: {reason}"] if reason else [])
 
 
 def two_files(home: homes.Home) -> None:
@@ -197,9 +198,8 @@ def test_sync_is_held_before_the_first_write_of_any_file(sqlite_home: homes.Home
     two_files(home)
     message = home.refused(6)
     assert message.startswith(
-        "held, nothing was written: notes.csv: 2 deletes of 4 rows, maxDeletes is 1; they begin "
-        "with id=3; id=4. In all: iep.csv: 3 to insert, 0 to update, 0 to delete, "
-        "notes.csv: 0 to insert, 0 to update, 2 to delete\nTry: "
+        "nothing was written: notes.csv: 2 deletes of 4 rows, maxDeletes is 1; they begin "
+        "with id=3; id=4. Changes in all: iep.csv 3 to insert; notes.csv 2 to delete\nTry: "
     )
     assert (home.run / "HELD").read_text(encoding="utf-8") == f"{message}\n"
     assert len(home.database.rows("SELECT * FROM notes")) == 4
@@ -211,7 +211,7 @@ def test_sync_force_skips_the_limits(sqlite_home: homes.Home) -> None:
     assert home.main("sync", "--force") == 0
     assert home.sis_rows() == STORED
     assert home.database.rows("SELECT id FROM notes") == [("1",), ("2",)]
-    assert "WARNING the limits are skipped (--force)" in home.log
+    assert "WARNING the limits are skipped (--force, by " in home.log
     assert not (home.run / "HELD").exists()
 
 
@@ -303,7 +303,7 @@ def test_sync_holds_an_empty_source(sqlite_home: homes.Home, content: str) -> No
     sqlite_home.extract(files={"iep.csv": content})
     sqlite_home.sis(SIS)
     assert sqlite_home.refused(6).startswith(
-        "held, nothing was written: iep.csv: 2 deletes of 2 rows, SameGoal's file is empty, so "
+        "nothing was written: iep.csv: 2 deletes of 2 rows, SameGoal's file is empty, so "
         "the limit is 0; "
     )
 

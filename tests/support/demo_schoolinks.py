@@ -3,18 +3,20 @@
 SchooLinks is an SFTP server on this machine. PowerSchool is embedded: Oracle cannot be brought
 along, so a SQLite database with PowerSchool's tables answers the same queries in its place.
 Everything else is the program as it is: `demo_schoolinks.py FILE ...` runs sgsync.py with the
-arguments that follow, in front of the database FILE.
+arguments that follow, in front of the database FILE, with the environment in FILE.json.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
+import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,12 +36,21 @@ TABLES = {
 }
 
 Sight = tuple[Path, str]  # where to look, and what is there
-Say = Callable[[str], None]
 Row = tuple[str, ...]
 
 
 class SchooLinksError(Exception):
     """Something is not as the demo says it is."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the demo lends its parts."""
+
+    say: Callable[[str], None]
+    shown: Callable[[Path], str]  # a path, as short as can be
+    run: Callable[[Sequence[str], int], None]  # a command line that must end with an exit code
+    servers: contextlib.ExitStack  # closes what runs until the demo ends
 
 
 def school_days(count: int) -> list[datetime.date]:
@@ -95,45 +106,45 @@ def populate(database: powerschool.PowerSchool) -> dict[str, list[Row]]:
 class District:
     """An installation that sends to SchooLinks: its home folder, its PowerSchool, its server."""
 
-    def __init__(self, folder: Path, server: schoolinks_server.SchooLinks, say: Say) -> None:
+    def __init__(self, folder: Path, server: schoolinks_server.SchooLinks, tools: Tools) -> None:
         self.home, self.database = folder / "home", folder / "powerschool.sqlite"
-        self.server, self.say = server, say
+        self.server, self.tools = server, tools
         self.home.mkdir(parents=True)
         (self.home / "known_hosts").write_text(server.known_hosts, encoding="ascii")
         text = (ROOT / "config.xml").read_text(encoding="utf-8")  # with TODOs for sync, as it comes
         config = self.home / "config.xml"
         config.write_text(text, encoding="utf-8")
         config.chmod(0o600)
+        environment = environment_of(self.database)
+        environment.touch(mode=0o600)
+        variables = {
+            "POWERSCHOOL_READ_USER": "psnavigator",
+            "POWERSCHOOL_DB_PASSWORD": "embedded-no-password",
+            "POWERSCHOOL_PROD_DB": "embedded:0/PSPRODDB",
+            "SCHOOLINKS_SFTP_USERNAME": server.username,
+            "SCHOOLINKS_SFTP_PASSWORD": server.password,
+            "SCHOOLINKS_SFTP_ADDRESS": f"{server.host}:{server.port}",
+        }
+        environment.write_text(json.dumps(variables), encoding="utf-8")
 
-    def night(self, code: int, *arguments: str) -> Path:
+    def command(self, *words: str) -> list[str]:
+        """The command line that runs sgsync.py in front of this PowerSchool."""
+        program = [sys.executable, __file__, str(self.database)]
+        return [*program, "schoolinks", *words, "--home", str(self.home)]
+
+    def night(self, code: int) -> Path:
         """Run the command as a scheduler would; returns the run's folder."""
-        shown = os.path.relpath(self.home)
-        self.say(f"$ python sgsync.py schoolinks {' '.join(arguments)}--home {shown}")
-        command = [sys.executable, __file__, str(self.database), "schoolinks", *arguments]
-        ended = subprocess.run(
-            [*command, "--home", str(self.home)],
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env=os.environ
-            | {
-                "POWERSCHOOL_READ_USER": "psnavigator",
-                "POWERSCHOOL_DB_PASSWORD": "embedded-no-password",
-                "POWERSCHOOL_PROD_DB": "embedded:0/PSPRODDB",
-                "SCHOOLINKS_SFTP_USERNAME": self.server.username,
-                "SCHOOLINKS_SFTP_PASSWORD": self.server.password,
-                "SCHOOLINKS_SFTP_ADDRESS": f"{self.server.host}:{self.server.port}",
-            },
-        )
-        run = max((self.home / "history/schoolinks").glob("*-*"), default=self.home)
-        if ended.returncode != code:
-            raise SchooLinksError(
-                f"schoolinks ended with exit code {ended.returncode}; look in {run}"
-            )
-        return run
+        self.tools.say(f"$ python sgsync.py schoolinks --home {self.tools.shown(self.home)}")
+        self.tools.run(self.command(), code)
+        return max((self.home / "history/schoolinks").glob("*-*"), default=self.home)
 
     def arrived(self) -> dict[str, bytes]:
         folder = self.server.files / "automated"
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def environment_of(database: Path) -> Path:
+    return database.with_name(database.name + ".json")
 
 
 def check_rows(expected: dict[str, list[Row]], run: Path, arrived: dict[str, bytes]) -> None:
@@ -148,41 +159,44 @@ def check_rows(expected: dict[str, list[Row]], run: Path, arrived: dict[str, byt
             raise SchooLinksError(f"{file} has not arrived as it was built")
 
 
-def two_nights(folder: Path, say: Say) -> list[Sight]:
-    """A good night, and one on which PowerSchool's GPAs have not been refreshed in time."""
-    with schoolinks_server.SchooLinks(folder / "sftp") as server:
-        district = District(folder, server, say)
-        database = powerschool.PowerSchool(district.database)
-        expected = populate(database)
-        where = f"{server.host}:{server.port}"
-        say(f"SchooLinks is an SFTP server on {where}: log-in by password, its host key pinned.")
-        say("Embedded: PowerSchool is a SQLite database with PowerSchool's tables, which answers")
-        say(f"sgsync's queries in Oracle's place: {STUDENTS:,} students of all grades.")
+def two_nights(folder: Path, tools: Tools) -> tuple[list[Sight], list[str]]:
+    """A good night, and one on which PowerSchool's GPAs have not been refreshed in time.
 
-        say("\nNight 1.")
-        first = district.night(0)
-        arrived = district.arrived()
-        check_rows(expected, first, arrived)
-        say(f"Checked: {', '.join(f'{len(expected[file]):,} rows in {file}' for file in FILES)},")
-        say("  as computed student by student, and all three have arrived.")
+    Returns where to look, and the command line that sends what the second night held.
+    """
+    say = tools.say
+    server = tools.servers.enter_context(schoolinks_server.SchooLinks(folder / "sftp"))
+    district = District(folder, server, tools)
+    database = powerschool.PowerSchool(district.database)
+    expected = populate(database)
+    say(f"SchooLinks is an SFTP server on {server.host}:{server.port}: log-in by password, host")
+    say("key pinned. PowerSchool is embedded: a SQLite database with PowerSchool's tables")
+    say(f"answers sgsync's queries in Oracle's place: {STUDENTS:,} students of all grades.")
 
-        say("\nNight 2: the import of GPAs into PowerSchool broke off half way.")
-        database.execute("DELETE FROM u_def_ext_students0 WHERE studentsdcid > 30250")
-        second = district.night(6)
-        if district.arrived() != arrived or (second / "COMPLETE").exists():
-            raise SchooLinksError("a held run has changed something at SchooLinks")
-        say("Checked: the files at SchooLinks are those of night 1.")
-        database.database.close()
+    say("\nNight 1.")
+    first = district.night(0)
+    arrived = district.arrived()
+    check_rows(expected, first, arrived)
+    say("Checked: the rows are those computed student by student, and all have arrived.")
+
+    say("\nNight 2: the import of GPAs into PowerSchool broke off half way.")
+    database.execute("DELETE FROM u_def_ext_students0 WHERE studentsdcid > 30250")
+    second = district.night(6)
+    if district.arrived() != arrived or (second / "COMPLETE").exists():
+        raise SchooLinksError("a held run has changed something at SchooLinks")
+    say("Checked: the files at SchooLinks are those of night 1.")
+    database.database.close()
     return [
         (first, "the files for SchooLinks as they were sent, log, summary"),
         (server.files / "automated", "what SchooLinks received"),
         (second / "HELD", "why the second night sent nothing"),
-    ]
+    ], district.command("--force")
 
 
 def main(arguments: Sequence[str]) -> int:
     """sgsync.py in front of an embedded PowerSchool."""
     database, *argv = arguments
+    os.environ.update(json.loads(environment_of(Path(database)).read_text(encoding="utf-8")))
     sgsync.Oracle = powerschool.PowerSchool(Path(database)).connection  # type: ignore[misc]
     return sgsync.main(argv)
 

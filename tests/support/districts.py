@@ -176,9 +176,7 @@ class District(homes.Runs):
     def failed(self, code: int, *argv: str) -> str:
         """A run that must end with this exit code and leave no COMPLETE; returns its message."""
         assert self.main(*argv) == code, self.log
-        message = str(self.summary["message"])
-        assert self.summary["exit_code"] == code
-        assert " ERROR   " + message.replace("\n", "\n    ") in self.log
+        message = self.message(code)
         assert not (self.run / "COMPLETE").exists()
         return message
 

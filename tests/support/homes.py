@@ -117,6 +117,22 @@ class Runs:
     def summary(self) -> dict[str, Any]:
         return json.loads((self.run / "summary.json").read_text(encoding="utf-8"))
 
+    def message(self, code: int) -> str:
+        """Message and remedy of a run that failed with this exit code; its log must have both."""
+        summary = self.summary
+        assert summary["exit_code"] == code
+        shown = f"{summary['outcome']}: {summary['message']}".replace("\n", "\n    ")
+        assert f" ERROR   {shown} ({summary['seconds']:.1f} s, folder {self.run})" in self.log
+        if not summary["remedy"]:
+            return str(summary["message"])
+        assert "    Try: " + summary["remedy"].replace("\n", "\n    ") in self.log
+        return f"{summary['message']}\nTry: {summary['remedy']}"
+
+    def counts(self, what: str = "found") -> tuple[int, ...]:
+        """Rows to insert, update, delete, of the first file: found, applied or failed."""
+        line = self.summary["files"][0]
+        return tuple(line[operation][what] for operation in ("insert", "update", "delete"))
+
 
 class Home(Runs):
     """One district: its folder, its part of the SFTP server, its database."""
@@ -208,9 +224,9 @@ class Home(Runs):
         )  # fmt: skip
 
     def approval(self, epoch: str) -> str:
-        """The command that a held run names."""
+        """The command that a held run names; root needs no sudo."""
         words = [sys.executable, str(SCRIPT), "sync", "--approve", epoch, "--home", str(self.path)]
-        return subprocess.list2cmdline(words)
+        return sgsync.command_line(words)
 
     def failed(self, code: int, *argv: str) -> str:
         """A run that must end with this exit code; returns its message.
@@ -219,9 +235,7 @@ class Home(Runs):
         left half-written.
         """
         assert self.main(*argv) == code, self.log
-        message = str(self.summary["message"])
-        assert self.summary["exit_code"] == code
-        assert " ERROR   " + message.replace("\n", "\n    ") in self.log
+        message = self.message(code)
         assert not [*self.path.rglob("COMPLETE"), *(self.sftp_root / "upload").rglob("COMPLETE")]
         assert not list(self.path.rglob("*.part"))
         return message

@@ -72,7 +72,7 @@ class Ended:
         passed = (
             ("start", "logged in as|connected to"),
             ("download and export", r"sp\.csv: \d+ rows, of them"),
-            ("apply", r"sp\.csv: applied"),
+            ("apply", r"sp\.csv: \d+ of \d+ changes applied"),
             ("verify and statements", r"open_records\.csv: done"),
             ("push", r"pushed \d+ files"),
         )
