@@ -905,18 +905,18 @@ class SchooLinksSettings(Element):
 # ---------------------------------------------------------------------- configuration: XmlSource
 
 # Given: the path of config.xml, and values with placeholders in them.
-# Gives: the elements and the lines on which they stand; the values with the placeholders replaced.
+# Gives: the elements and their lines; the values with the placeholders replaced.
 # Raises: ConfigError.
 
 
 class XmlSource:
-    """config.xml as text and as elements, and the line on which a thing stands.
+    """config.xml as text and as elements, and the lines of elements, attributes and text.
 
     lxml knows only the line on which a start tag ends, so the text is searched backwards from
     there.  Raises ConfigError where the file cannot be read or is not a <Config> in XML.
     """
 
-    # What may stand before a DOCTYPE: blanks, byte order marks, declarations, comments.
+    # What may precede a DOCTYPE: white space, byte order marks, declarations, comments.
     DOCTYPE = re.compile(
         rb"(?:[\s\xef\xbb\xbf\xfe\xff]|<\?(?:(?!\?>).)*\?>|<!--(?:(?!-->).)*-->)*<!DOCTYPE", re.S
     )
@@ -1086,10 +1086,8 @@ class Placeholders:
 
     def _entry(self, name: str) -> str:
         """An entry of the system's password store."""
-        entry, other = (
-            f"the keyring entry {shortened(name)}",
-            "use ${env:NAME} or ${file:PATH} instead",
-        )
+        entry = f"the keyring entry {shortened(name)}"
+        other = "use ${env:NAME} or ${file:PATH} instead"
         try:
             import keyring
             import keyring.errors
@@ -1113,7 +1111,7 @@ class Placeholders:
         return found
 
     def _first_line(self, name: str) -> str:
-        """The first line of a file, without the blanks around it: `echo x > file` leaves some."""
+        """The first line of a file, without the spaces around it: `echo x > file` adds some."""
         path = self.home / name
         shown = shortened(str(path), 300)
         again = "save it as UTF-8 text with the secret on the first line"
@@ -1148,8 +1146,8 @@ class Placeholders:
     def _quoted(value: str, before: str) -> str:
         """A value for a connection string whose text up to it is `before`.
 
-        In ODBC a value with a special character stands in braces, a brace doubled.  (psqlODBC reads
-        + and % as in a URL, unless they stand in braces.)
+        In ODBC a value with a special character is put in braces, closing braces doubled.
+        (Outside of braces psqlODBC reads + and % as in a URL.)
         """
         if re.search(r"=\s*\{[^}]*$", before):
             return value.replace("}", "}}")
@@ -1175,9 +1173,9 @@ class Config:
 
     path: Path
     history: History = dataclasses.field(default_factory=History, metadata={"element": "History"})
-    secrets: frozenset[str] = dataclasses.field(repr=False)
     pauses: tuple[Pause, ...] = dataclasses.field(default=(), metadata={"element": "Pause"})
     notices: tuple[Notice, ...] = dataclasses.field(default=(), metadata={"element": "Notify"})
+    secrets: frozenset[str] = dataclasses.field(repr=False)
     secret_files: tuple[Path, ...]  # The files that `${file:PATH}` names.
 
     @classmethod
@@ -1213,7 +1211,7 @@ class SchooLinksConfig(Config):
     schoolinks: SchooLinksSettings = dataclasses.field(metadata={"element": "SchooLinks"})
 
 
-# element -> (its dataclass, elements that may stand in it)
+# element -> (its dataclass, the elements that it may contain)
 ELEMENTS: dict[str, tuple[type[Element] | None, tuple[str, ...]]] = {
     "Config": (
         None,
@@ -1278,7 +1276,7 @@ class ConfigReader:
         if self.errors:
             raise self._error()
         secrets = frozenset(secret for secret in self.placeholders.secrets if len(secret) > 2)
-        files = tuple(self.placeholders.files)
+        files = tuple(dict.fromkeys(self.placeholders.files))
         found: dict[str, Any] = {
             fields[tag].name: tuple(several) if tag in REPEATABLE else several[0]
             for tag, several in made.items()
@@ -1350,7 +1348,7 @@ class ConfigReader:
         return self._leaf(element)
 
     def _leaf(self, element: etree._Element) -> Any:
-        """An element in which no other may stand."""
+        """An element that contains no other."""
         list(self._children(element))  # for its errors
         return self._instance(element)
 
@@ -1456,7 +1454,9 @@ class ConfigReader:
         for element in parent.iterchildren("SQLDiff", "SQL", "Attendance", "GPA", "Tags"):
             name = element.get("file")
             if name and name.lower() in seen:
-                self._fail(element, "file", f"'{name}' is already in use", "choose another name")
+                self._fail(
+                    element, "file", f"'{shortened(name)}' is already in use", "choose another name"
+                )
             seen.add(str(name).lower())
 
 
