@@ -1631,7 +1631,7 @@ def _key_pair_advice(settings: SftpSettings, path: Path) -> str:
                 account = pwd.getpwuid(owner).pw_name
     if account:
         words = ["sudo", "-u", account, *words]
-    command = command_line([*words, "-t", "rsa", "-b", "4096", "-f", str(path)])
+    command = command_line([*words, "-t", "rsa", "-b", "4096", "-N", "", "-f", str(path)])
     first = "" if folder.is_dir() else f"create the folder {folder}; "
     return f"{first}make a key pair without a passphrase: {command}; then {settings.key_advice}"
 
