@@ -5706,6 +5706,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(ConfigError.exit_code, f"{self.prog}: {message}\nTry: {remedy}\n")
 
 
+def say(text: str) -> None:
+    """A line for the person at the terminal; standard output is for results."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def agree(question: str, remedy: str) -> bool:
+    """Ask a person, yes or no; raises ConfigError with that remedy where nobody is there."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError(
+            "nobody can be asked: this is not a terminal; nothing was changed", remedy
+        )
+    while True:
+        print(f"{question} (yes/no) ", end="", file=sys.stderr, flush=True)
+        answer = sys.stdin.readline()
+        if answer.strip().lower() in ("yes", "y"):
+            return True
+        if answer.strip().lower() in ("no", "n") or not answer:
+            return False
+
+
 # ---------------------------------------------------------------------- runs: open_run
 
 
@@ -6486,6 +6506,216 @@ def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO
             yield file
 
 
+# ---------------------------------------------------------------------- command: trust
+#
+# Given: the address of a server, and on request the fingerprint that its key must have.
+# Gives: the key in known_hosts, after a person or the fingerprint has confirmed it.
+# Raises: ConfigError without anybody to ask; TransferError for a key that does not fit.
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrustOptions(Options):
+    job: str = "sync"
+    host: str = ""
+    port: int | None = None
+    fingerprint: str = ""
+    replace: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig(Config):
+    """What `trust` uses of config.xml: it must work before the rest is filled in."""
+
+    sftp: SftpSettings = dataclasses.field(metadata={"element": "SFTP"})
+
+
+def trust_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("--job", choices=("sync", "schoolinks"),
+        help="whose server: that of <SFTP> (sync, the default) or SCHOOLINKS_SFTP_ADDRESS",
+    )  # fmt: skip
+    add("--host", metavar="HOST", help="another server")
+    add("--port", type=int, metavar="N", help="its port (default with --host: 22)")
+    add("--fingerprint", metavar="FINGERPRINT",
+        help="pin the key that has this fingerprint without asking: SHA256:..., MD5:aa:bb:..., or "
+        "aa:bb:...")  # fmt: skip
+    add(
+        "--replace",
+        action="store_true",
+        help="replace the pinned key of a server that has a new one",
+    )
+    parser.set_defaults(run=run_trust, kind=TrustOptions)
+    return parser
+
+
+def run_trust(options: TrustOptions) -> int:
+    """Fetch a server's host key, have it confirmed, and pin it."""
+    return Trust(options).work()
+
+
+class Trust:
+    """One server's host key: what it shows, what is pinned, and whether that may change."""
+
+    KINDS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
+             "ssh-rsa")  # fmt: skip
+
+    def __init__(self, options: TrustOptions) -> None:
+        self.options = options
+        self.fingerprint = self._fingerprint(options.fingerprint)
+        self.host, self.port, known_hosts = self._server()
+        self.where = f"{self.host}:{self.port}"
+        self.host_keys = HostKeys(options.home / known_hosts)
+        self.pinned = self.host_keys.of(self.host, self.port)
+
+    def work(self) -> int:
+        kinds = {key.get_name() for key in self.pinned}
+        valid = [key for key in self._shown(*sorted(kinds)) if key in self.pinned]
+        if self.fingerprint:
+            key = self._fitting()
+        else:
+            key = valid[0] if valid else fetch_host_key(self.host, self.port)
+        if key in self.pinned:
+            self._tell(key, "already pinned")
+            return 0
+        changed = bool(self.pinned) and not valid
+        if changed and not self.options.replace:
+            raise TransferError(
+                f"{self.where}: the server shows a different host key; nothing was changed\n"
+                f"shown:  {self._described(key)}\n"
+                + "\n".join(f"pinned: {self._described(each)}" for each in self.pinned),
+                "ask the server's operator, through a different channel, whether the host key was "
+                "changed; only if it was, replace the pinned one:\n"
+                + self.options.typed(*self._words(), "--replace"),
+            )
+        if not self.fingerprint:
+            self._confirm(key)
+        if changed:
+            self.host_keys.replace(self.host, self.port, key)
+        else:
+            self.host_keys.pin(self.host, self.port, key)
+        self._tell(key, "pinned")
+        return 0
+
+    def _server(self) -> tuple[str, int, str]:
+        """Host, port, and the file for its key, relative to the home."""
+        options = self.options
+        if options.port is not None and not 0 < options.port < 65536:
+            raise ConfigError(f"--port {options.port}: is not a port", "--port 22")
+        if options.port and not options.host:
+            raise ConfigError("--port has no effect without --host", "--host HOST --port N")
+        if options.job == "schoolinks":
+            host, port = (options.host, 22) if options.host else schoolinks_address()
+            beside = (options.home / "known_hosts").is_file()
+            return host, options.port or port, "known_hosts" if beside else "ssh/known_hosts"
+        try:
+            settings = load_config(options.config, ServerConfig).sftp
+        except ConfigError:
+            if not options.host:
+                raise
+            return (
+                options.host,
+                options.port or 22,
+                SftpSettings(host="-", username="-").known_hosts,
+            )
+        if options.host:
+            return options.host, options.port or 22, settings.known_hosts
+        return settings.host, settings.port, settings.known_hosts
+
+    @staticmethod
+    def _fingerprint(text: str) -> str:
+        """As `_fingerprints` spells it; raises ConfigError for what is none."""
+        if not text:
+            return ""
+        sha = re.fullmatch(r"(?i:sha256:)?([A-Za-z0-9+/]{43})=?", text.strip())
+        md5 = re.fullmatch(r"(?i:md5:)?((?:[0-9A-Fa-f]{2}:?){15}[0-9A-Fa-f]{2})", text.strip())
+        if sha:
+            return f"SHA256:{sha[1]}"
+        if md5:
+            digits = md5[1].replace(":", "").lower()
+            return "MD5:" + ":".join(map("".join, batched(digits, 2)))
+        raise ConfigError(
+            f"--fingerprint '{shortened(one_line(text))}': is not a fingerprint",
+            "write it as SHA256:... (43 characters) or MD5:aa:bb:... (16 pairs)",
+        )
+
+    @staticmethod
+    def _fingerprints(key: paramiko.PKey) -> tuple[str, str]:
+        """SHA256, and MD5 as older agents show it; each as ssh-keygen -l prints it."""
+        # No protection rests on MD5 where SHA256 is given: the person chooses what to compare.
+        digest = hashlib.md5(key.asbytes(), usedforsecurity=False).hexdigest()
+        return str(key.fingerprint), "MD5:" + ":".join(map("".join, batched(digest, 2)))
+
+    def _described(self, key: paramiko.PKey) -> str:
+        return f"{key.get_name()} {' '.join(self._fingerprints(key))}"
+
+    def _shown(self, *kinds: str) -> Iterator[paramiko.PKey]:
+        """The keys of these types that the server has."""
+        for kind in kinds:
+            try:
+                yield fetch_host_key(self.host, self.port, kind)
+            except TransferError as error:
+                if error.transient:  # else it has none of that type
+                    raise
+
+    def _fitting(self) -> paramiko.PKey:
+        """The server's key that has the fingerprint, of whatever type."""
+        seen = []
+        for key in self._shown(*self.KINDS):
+            if self.fingerprint in self._fingerprints(key):
+                return key
+            seen.append(key)
+        raise TransferError(
+            f"{self.where}: no host key has the fingerprint {self.fingerprint}; nothing was "
+            "changed\n" + "\n".join(f"shown: {self._described(key)}" for key in seen),
+            "check the fingerprint with the server's operator; if it is right, this is not their "
+            "server",
+        )
+
+    def _confirm(self, key: paramiko.PKey) -> None:
+        """Have a person compare the fingerprint; raises unless the answer is yes."""
+        sha256, md5 = self._fingerprints(key)
+        old = [f"pinned: {self._described(each)}" for each in self.pinned]
+        for line in (f"{self.where} shows this host key:", f"  {key.get_name()}", f"  {sha256}",
+                     f"  {md5}", *old):  # fmt: skip
+            say(line)
+        say(
+            "Compare it with the fingerprint that the server's operator gave you through a "
+            "different channel, such as the phone."
+        )
+        agreed = agree(
+            "Is it the same?",
+            "pin it without a question if it has the fingerprint that the operator gave you:\n"
+            + self.options.typed(*self._words(), "--fingerprint", "SHA256:..."),
+        )
+        if not agreed:
+            raise TransferError(
+                f"{self.where}: the host key was not confirmed; nothing was changed",
+                "if the operator's fingerprint belongs to a key of another type, name it:\n"
+                + self.options.typed(*self._words(), "--fingerprint", "SHA256:..."),
+            )
+
+    def _words(self) -> list[str]:
+        """This command as it was typed, as far as it names the server."""
+        options, words = self.options, ["trust"]
+        words += ["--job", options.job] if options.job != "sync" else []
+        words += ["--host", options.host] if options.host else []
+        words += ["--port", str(options.port)] if options.port else []
+        return words + (["--replace"] if options.replace else [])
+
+    def _tell(self, key: paramiko.PKey, result: str) -> None:
+        sha256, md5 = self._fingerprints(key)
+        if self.options.json:
+            print_json({
+                "host": self.host, "port": self.port, "type": key.get_name(), "sha256": sha256,
+                "md5": md5, "file": str(self.host_keys.path), "result": result,
+            })  # fmt: skip
+        else:
+            print(
+                f"{self.where} {key.get_name()} {sha256} {md5}: {result} in {self.host_keys.path}"
+            )
+
+
 # ---------------------------------------------------------------------- main
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
@@ -6495,6 +6725,15 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
         diff_arguments,
         "compare two CSV files",
         "What would have to be inserted, updated and deleted in B to make it A.",
+    ),
+    "trust": (
+        trust_arguments,
+        "pin the host key of an SFTP server",
+        """Fetch the host key of the SFTP server, show its fingerprint, ask, and pin it.
+
+Changes only the file known_hosts (knownHosts= in <SFTP>).  For example:
+  sgsync.py trust
+  sgsync.py trust --job schoolinks --fingerprint SHA256:u0Zr...""",
     ),
 }
 
@@ -6522,8 +6761,9 @@ def build_parser() -> Parser:
     parser.set_defaults(command="sync")
     for name, (arguments, title, description) in COMMANDS.items():
         commands.add_parser(
-            name, parents=[common, arguments()], help=title, description=description or title
-        )
+            name, parents=[common, arguments()], help=title, description=description or title,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
     return parser
 
 
@@ -6595,9 +6835,10 @@ def console_log(options: Options) -> Iterator[None]:
     log.propagate = False
     logging.raiseExceptions = False  # A full disk must not end the run by way of its log.
     handler = ConsoleHandler()
-    plain = options.command == "diff" or options.terminal
+    nightly = options.command in ("sync", "schoolinks")
+    plain = options.terminal or not nightly
     handler.setFormatter(LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s"))
-    quiet = options.quiet or (options.terminal and options.command != "diff")
+    quiet = options.quiet or (options.terminal and nightly)
     handler.setLevel(logging.WARNING if quiet else level)
     log.addHandler(handler)
 
