@@ -1875,6 +1875,7 @@ class SftpRequests:
         self._waiting: dict[int, Callable[[int, bytes], None]] = {}
         self._numbers = itertools.count(1 << 31)  # The SFTPClient counts from 1.
         self._outgoing: list[bytes] = []
+        self._outgoing_bytes = 0
         self._incoming = bytearray()
 
     @property
@@ -1895,19 +1896,15 @@ class SftpRequests:
         self._waiting[number] = then
         size = 5 + sum(map(len, fields))
         self._outgoing += (struct.pack(">IBI", size, kind, number), *fields)
+        self._outgoing_bytes += 4 + size
+        if self._outgoing_bytes > READ_BYTES:  # else small requests share a packet
+            self._send()
 
     def exchange(self) -> None:
         """Send what was asked; wait for an answer, and hand on all that have come."""
         import paramiko
 
-        outgoing = b"".join(self._outgoing)
-        self._outgoing.clear()
-        while outgoing:
-            sent = self._channel.send(outgoing[: 1 << 15])
-            if not sent:
-                raise EOFError
-            outgoing = outgoing[sent:]
-            self._moved()
+        self._send()
         received = self._channel.recv(1 << 21)
         if not received:
             raise EOFError
@@ -1917,6 +1914,17 @@ class SftpRequests:
             self._hand_on()
         except struct.error:
             raise paramiko.SFTPError("the server's answer is garbled") from None
+
+    def _send(self) -> None:
+        outgoing, begin = b"".join(self._outgoing), 0
+        self._outgoing.clear()
+        self._outgoing_bytes = 0
+        while begin < len(outgoing):
+            sent = self._channel.send(outgoing[begin : begin + READ_BYTES])
+            if not sent:
+                raise EOFError
+            begin += sent
+            self._moved()
 
     def _hand_on(self) -> None:
         import paramiko

@@ -795,69 +795,156 @@ def bench_calls(quick: bool) -> Iterator[Figure]:
 # ------------------------------------------------------------------ transfers: bench_sftp
 
 
+@dataclass
+class Transfers:
+    """The same files through sgsync's own stages and through OpenSSH's sftp, both ways.
+
+    `port` is the server's, or that of a `Proxy` before it.
+    """
+
+    sshd: servers.Sshd
+    port: int
+    epoch: Path  # on the server
+    folder: Path  # of this machine
+
+    def __post_init__(self) -> None:
+        known = self.sshd.known_hosts.replace(f"]:{self.sshd.port}", f"]:{self.port}")
+        self.known_hosts = self.folder / "known_hosts"
+        self.known_hosts.write_text(known, encoding="ascii")
+        self.upload = self.epoch.parent.parent / "upload"
+        self.local = self.folder / "local"
+        self.empty()
+
+    def empty(self) -> None:
+        for path in (self.upload, self.local):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+
+    def check(self, found: Path) -> None:
+        for file in self.epoch.glob("*.csv"):
+            if (found / file.name).read_bytes() != file.read_bytes():
+                raise BenchError(f"{found / file.name} has not arrived whole")
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[sgsync.Sftp]:
+        import sgsync
+
+        settings = sgsync._defaults(
+            sgsync.SftpSettings,
+            host=self.sshd.host,
+            port=self.port,
+            username=self.sshd.username,
+            private_key=str(self.sshd.keys["ed25519"]),
+            known_hosts="known_hosts",
+            download_directory=str(self.epoch.parent),
+            upload_directory=str(self.upload),
+        )
+        with sgsync.Sftp(settings, self.folder) as sftp:
+            yield sftp
+
+    def get(self, alone: bool) -> float:
+        """Seconds of the stage; `alone` without connection, log-in and listings."""
+        import sgsync
+
+        with self.session() as sftp:
+            if alone:
+                sftp.connect()
+                extract = sgsync.newest_extract(sftp, sftp.settings)
+                began = time.perf_counter()
+                for entry, blocks in sftp.read_files(str(self.epoch), extract.files, ahead=True):
+                    sgsync._download_file(blocks, self.local, entry, lambda _: None)
+            else:
+                began = time.perf_counter()
+                sgsync.download(
+                    sftp, sftp.settings, self.local, lambda _: None, threading.Event()
+                )  # fmt: skip
+            return time.perf_counter() - began
+
+    def put(self, alone: bool) -> float:
+        import sgsync
+
+        with self.session() as sftp:
+            if alone:
+                sftp.connect()
+            began = time.perf_counter()
+            sgsync.push(sftp, str(self.upload), self.epoch, lambda _: None)
+            return time.perf_counter() - began
+
+    def openssh(self, command: str, alone: bool) -> float:
+        """Seconds of the whole process, or of this command alone."""
+        began = time.perf_counter()
+        with subprocess.Popen(
+            ["sftp", "-q", "-b", "-", "-P", str(self.port), "-i", self.sshd.keys["ed25519"],
+             "-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "IdentitiesOnly=yes",
+             f"{self.sshd.username}@{self.sshd.host}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        ) as client:  # fmt: skip
+
+            def run(line: str) -> None:
+                """Run a command to its end: what the next one prints tells it."""
+                client.stdin.write(f"{line}\n!echo done\n")
+                while (told := client.stdout.readline()) != "done\n":
+                    if not told:
+                        raise BenchError("sftp ended early")
+
+            if alone:
+                run("pwd")
+                began = time.perf_counter()
+                run(command)
+                return time.perf_counter() - began
+            client.stdin.write(f"{command}\n")
+            client.stdin.close()
+            if client.wait():
+                raise BenchError("sftp failed")
+        return time.perf_counter() - began
+
+    def compare(self, rounds: int, alone: bool) -> Iterator[tuple[str, float, float]]:
+        """For each direction, the medians of sgsync and of OpenSSH; one round more, unmeasured."""
+        up = self.upload / self.epoch.name
+        for direction, ours, command, found in (
+            ("get", self.get, f"lcd {self.local}\nget {self.epoch}/*.csv", self.local),
+            ("put", self.put, f"mkdir {up}\ncd {up}\nlcd {self.epoch}\nput *", up),
+        ):
+            ways = (Runs(), ours), (Runs(), functools.partial(self.openssh, command))
+            for _ in range(rounds + 1):
+                for runs, way in ways:
+                    self.empty()
+                    runs.seconds.append(way(alone))
+                    self.check(found)
+            yield direction, *(statistics.median(runs.seconds[1:]) for runs, _ in ways)
+
+
 def bench_sftp(quick: bool) -> Iterator[Figure]:
     from support import servers
 
-    many, large, rounds = (20, 5_000_000, 1) if quick else (200, 100_000_000, 3)
+    many, large, rounds = (20, 5_000_000, 1) if quick else (200, 100_000_000, 5)
     data = random.Random(1).randbytes(1 << 20)
-    with servers.Sshd() as sshd, tempfile.TemporaryDirectory(dir=FOLDER) as name:
-        for kind, count, size in (("small", many, 20_000), ("large", 1, large)):
-            epoch = sshd.root / kind / "20260101-020000"
+
+    def transfers(kind: str, count: int, size: int, port: int) -> Transfers:
+        epoch = sshd.root / kind / "download/20260101-020000"
+        if not epoch.exists():
             epoch.mkdir(parents=True)
             for number in range(count):
                 content = itertools.islice(itertools.repeat(data), size // len(data) + 1)
                 (epoch / f"{number}.csv").write_bytes(b"".join(content)[:size])
             (epoch / "COMPLETE").touch()
-            say(f"download of {count} x {size:,} bytes, {rounds} rounds")
-            target = Path(name) / kind
-            times = {"sgsync": Runs(), "openssh": Runs()}
-            for _ in range(rounds):
-                for runs, way in (
-                    (times["sgsync"], download_by_sgsync),
-                    (times["openssh"], download_by_openssh),
-                ):
-                    target.mkdir()
-                    runs.seconds.append(way(sshd, epoch, target))
-                    for file in epoch.glob("*.csv"):
-                        if (target / file.name).read_bytes() != file.read_bytes():
-                            raise BenchError(f"{way.__name__}: {file.name} has not arrived whole")
-                    shutil.rmtree(target)
-            ours, theirs = times["sgsync"].median, times["openssh"].median
-            yield Figure(
-                f"SFTP download, {count} x {size / 1e6:g} MB",
-                f"{ours:.2f} s, {count * size / ours / 1e6:,.0f} MB/s"
-                f" (OpenSSH's client {theirs:.2f} s)",
-            )
+        return Transfers(sshd, port, epoch, Path(name))
 
-
-def download_by_sgsync(sshd: servers.Sshd, epoch: Path, target: Path) -> float:
-    """Seconds of sgsync's own stage: connection, log-in, listings, files."""
-    import sgsync
-
-    (target.parent / "known_hosts").write_text(sshd.known_hosts, encoding="ascii")
-    settings = sgsync.SftpSettings(
-        host=sshd.host, port=sshd.port, username=sshd.username, passphrase="",
-        private_key=str(sshd.keys["ed25519"]), known_hosts="known_hosts",
-        download_directory=str(epoch.parent), upload_directory="/", require_complete=True,
-        max_age_hours=0, timeout_seconds=60,
-    )  # fmt: skip
-    began = time.perf_counter()
-    with sgsync.Sftp(settings, target.parent) as sftp:
-        sgsync.download(sftp, settings, target, lambda _: None, threading.Event())
-    return time.perf_counter() - began
-
-
-def download_by_openssh(sshd: servers.Sshd, epoch: Path, target: Path) -> float:
-    known_hosts = target.parent / "known_hosts"
-    began = time.perf_counter()
-    subprocess.run(
-        ["sftp", "-q", "-b", "-", "-P", str(sshd.port), "-i", sshd.keys["ed25519"],
-         "-o", f"UserKnownHostsFile={known_hosts}", "-o", "IdentitiesOnly=yes",
-         f"{sshd.username}@{sshd.host}"],
-        input=f"lcd {target}\nget {epoch}/*.csv\n", text=True, check=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    return time.perf_counter() - began
+    with servers.Sshd() as sshd, tempfile.TemporaryDirectory(dir=FOLDER) as name:
+        say(f"SFTP, {large:,} bytes, the transfer alone, {rounds} rounds")
+        one = transfers("large", 1, large, sshd.port)
+        for direction, ours, theirs in one.compare(rounds, alone=True):
+            detail = f"{large / ours / 1e6:,.0f} MB/s, OpenSSH {large / theirs / 1e6:,.0f} MB/s"
+            what = f"SFTP {direction} of {large / 1e6:g} MB, speed against OpenSSH"
+            yield at_least(what, theirs / ours, 0.85, detail)
+        for delay in (0.0, 0.02):
+            say(f"SFTP, {many} x 20,000 bytes, {delay * 1e3:g} ms per round trip, {rounds} rounds")
+            with Proxy(sshd.port, delay) if delay else contextlib.nullcontext(sshd.port) as port:
+                files = transfers("small", many, 20_000, port)
+                for direction, ours, theirs in files.compare(rounds, alone=False):
+                    what = f"SFTP {direction} of {many} x 20 KB, {delay * 1e3:g} ms, time against "
+                    detail = f"{ours:.2f} s, {theirs:.2f} s"
+                    yield at_most(f"{what}OpenSSH", ours / theirs, 1, detail)
 
 
 # ------------------------------------------------------------------ SchooLinks
