@@ -598,10 +598,8 @@ def test_calls_give_sql_server_the_type_of_every_parameter(
     """Of NULL, too: without, Microsoft's driver asks the server about each of them."""
     recorder = Recorder(driver)
     monkeypatch.setattr(pyodbc, "connect", lambda *_, **__: recorder)
-    call = sgsync._defaults(sgsync.Call, procedure="[my schema].p")
-    spec = sgsync._defaults(
-        sgsync.SqlDiff, file="a.csv", key=("id",), query="", where="", calls={"insert": call}
-    )
+    call = sgsync.Call(procedure="[my schema].p")
+    spec = sgsync.SqlDiff(file="a.csv", key=("id",), query="", where="", calls={"insert": call})
     with opened("x") as database, sgsync.Failures(tmp_path / "failures.csv", 0) as failures:
         applier = sgsync.Applier(database, spec, "insert", failures)
         applier.bind(("id", "note"))
