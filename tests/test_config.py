@@ -1347,3 +1347,24 @@ def test_load_config_loads_or_raises_configerror(
         assert max(numbers) <= content.count(b"\n") + 2
     else:
         assert isinstance(config, wanted)
+
+
+def test_load_environment_sets_what_is_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SGSYNC_A", "SGSYNC_B", "SGSYNC_C"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SGSYNC_D", "set")
+    text = "\ufeff# secrets\n\nSGSYNC_A='p\"= #'\r\n SGSYNC_B = x y \nSGSYNC_C=\nSGSYNC_D=file\n"
+    sgsync.load_environment(tmp_path)
+    (tmp_path / "sgsync.env").write_bytes(text.encode())
+    sgsync.load_environment(tmp_path)
+    found = [os.environ[f"SGSYNC_{letter}"] for letter in "ABCD"]
+    assert found == ['p"= #', "x y", "", "set"]
+    (tmp_path / "sgsync.env").write_text("; fine\nexport PASSWORD", encoding="utf-8")
+    with pytest.raises(sgsync.ConfigError) as caught:
+        sgsync.load_environment(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'sgsync.env'}:2: is not NAME=VALUE\nTry: correct or delete that line"
+    )

@@ -134,7 +134,7 @@ def test_a_wrong_database_password_is_not_shown(
     leaves_no_secret: Check, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     monkeypatch.setenv("SIS_DB_PASSWORD", wrong)
-    assert "see that user, password and database in connectionString" in leaves_no_secret(4, wrong)
+    assert "check user, password and database in connectionString" in leaves_no_secret(4, wrong)
 
 
 def test_a_wrong_passphrase_is_not_shown(
@@ -496,4 +496,5 @@ def test_query_errors_tell_no_personal_data(
     ],
 )
 def test_driver_message_leaves_out_what_a_database_could_not_convert(text: str, told: str) -> None:
-    assert sgsync.driver_message(f"[22018] [Some][Driver]{text} (245) (SQLExecDirectW)") == told
+    said = sgsync.DriverMessage("22018", f"[22018] [Some][Driver]{text} (245) (SQLExecDirectW)")
+    assert said.text == told
