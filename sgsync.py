@@ -8048,6 +8048,7 @@ def filled_jobs(config: Path) -> list[str]:
 # Raises: ConfigError for what cannot be scheduled; Error where the scheduler refuses.
 
 HOURS = 12  # A run that takes longer is stopped.
+PROGRAM_SECONDS = 60  # A program of the system may take as long.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -8148,20 +8149,28 @@ class Schedule:
 
     def called(self, program: str, *words: str, show: bool = False) -> str | None:
         """What a program of the system prints, None if it fails; with `show`, on the terminal."""
+        import tempfile
+
         path = shutil.which(program)
         if not path:
             raise ConfigError(f"{program} was not found", "use --cron" if os.name != "nt" else "")
         log.debug("%s", command_line([path, *words]))
-        done = subprocess.run(  # noqa: S603 - the words are ours
-            [path, *words], capture_output=not show, check=False, text=True, errors="replace",
-            encoding="oem" if os.name == "nt" else "utf-8",
-        )  # fmt: skip
-        if done.returncode:
-            self.said = one_line(done.stderr or done.stdout or f"exit code {done.returncode}")
-            return None
-        return done.stdout or ""
+        # Into a file: what the program starts may keep a pipe open for ever.
+        with tempfile.TemporaryFile() as file:
+            out = None if show else file
+            process = subprocess.Popen([path, *words], stdout=out, stderr=out)  # noqa: S603
+            try:
+                code = process.wait(None if show else PROGRAM_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                self.said = f"no answer for {PROGRAM_SECONDS} s"
+                return None
+            file.seek(0)
+            said = file.read().decode("oem" if os.name == "nt" else "utf-8", "replace")
+        self.said = one_line(said) or f"exit code {code}"
+        return None if code else said
 
-    said = ""  # by the program that failed
+    said = ""  # by the last program
 
     def must(self, program: str, *words: str, show: bool = False) -> str:
         """`called`; raises Error where it fails."""
