@@ -49,6 +49,7 @@ import difflib
 import errno
 import functools
 import getpass
+import glob
 import hashlib
 import io
 import itertools
@@ -88,6 +89,8 @@ LOG_NAME = "sgi_log.txt"
 SUMMARY_NAME = "summary.json"
 FAILURES_NAME = "failures.csv"
 NOT_CONVERGED_NAME = "notconverged.csv"
+REPORT_NAME = "report.html"
+MANIFEST_NAME = "manifest.json"
 # Newer Pythons make of 0700 a Windows ACL that locks a service account out: there, see the README.
 OWNER_ONLY = 0o777 if os.name == "nt" else 0o700
 PART = ".part"  # A file under this suffix is not finished, whatever it holds.
@@ -4661,6 +4664,15 @@ class Approval:
 
 
 @dataclasses.dataclass
+class Stage:
+    """A part of a run's work: seconds after the run's start, and how many it took."""
+
+    name: str
+    began: float
+    seconds: float
+
+
+@dataclasses.dataclass
 class RunSummary:
     """What summary.json tells of a run; times are this machine's, with the zone's offset."""
 
@@ -4684,10 +4696,17 @@ class RunSummary:
     files: list[FileSummary] = dataclasses.field(default_factory=list)
     sections: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # SchooLinks' files
     statement_files: dict[str, int] = dataclasses.field(default_factory=dict)  # -> rows
+    keys: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # file -> key columns
+    stages: list[Stage] = dataclasses.field(default_factory=list)
 
     def conclude(self, outcome: str, exit_code: int, message: str, remedy: str = "") -> None:
         self.outcome, self.exit_code = outcome, exit_code
         self.message, self.remedy = redact(message), redact(remedy)
+
+    @property
+    def only_planned(self) -> bool:
+        """True if the run showed changes and, by its nature, wrote none of them."""
+        return self.outcome in ("dry run", "held")
 
     def total(self, what: str) -> int:
         """The sum of `found`, `applied`, `failed` or `left_alone` over all files."""
@@ -4706,18 +4725,23 @@ class RunSummary:
         return ", ".join(parts + ([f"{plural(left, 'row')} left alone"] if left else []))
 
 
+type_hints = functools.cache(typing.get_type_hints)  # It takes longer than all the rest.
+
+
 def from_json(kind: Any, data: Any) -> Any:
     """A value of type `kind` from what `dataclasses.asdict` and JSON made of it.
 
     Names that a dataclass lacks are passed over: another version wrote them.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = type_hints(kind)
         known = {name: value for name, value in data.items() if name in hints}
         return kind(**{name: from_json(hints[name], value) for name, value in known.items()})
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is list:
         return [from_json(arguments[0], item) for item in data]
+    if typing.get_origin(kind) is dict:
+        return {name: from_json(arguments[1], item) for name, item in data.items()}
     if type(None) in arguments and data is not None:
         return from_json(arguments[0], data)
     return data
@@ -4827,6 +4851,17 @@ class Run:
         """Settle the outcome."""
         self.summary.conclude(outcome, exit_code, message, remedy)
         self.save()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Note in the summary how long the work inside takes, also if it fails."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            stage = Stage(name, round(began - self._began, 3), round(now - began, 3))
+            self.summary.stages.append(stage)
 
     def complete(self) -> None:
         """Mark the run's folder as whole."""
@@ -5475,8 +5510,8 @@ class Parser(argparse.ArgumentParser):
 class Display:
     """One line a phase on a terminal; nothing elsewhere: there the log lines tell."""
 
-    def __init__(self, terminal: bool) -> None:
-        self._terminal = terminal
+    def __init__(self, terminal: bool, run: Run) -> None:
+        self._terminal, self._run = terminal, run
         self._progress: rich.progress.Progress | None = None
 
     def __enter__(self) -> Display:
@@ -5503,7 +5538,8 @@ class Display:
         """One phase of a run, over as many files."""
         progress = self._progress
         phase = Phase(progress, progress.add_task(title, total=files, detail="") if progress else 0)
-        yield phase
+        with self._run.stage(title):
+            yield phase
         phase.end(files)
 
 
@@ -5628,9 +5664,7 @@ def print_outcome(run: Run) -> None:
     from rich.text import Text
 
     console, summary = Console(stderr=True, highlight=False), run.summary
-    rows = [
-        file_cells(file, planned=summary.outcome in ("dry run", "held")) for file in summary.files
-    ]
+    rows = [file_cells(file, planned=summary.only_planned) for file in summary.files]
     rows += [section_cells(section) for section in summary.sections]
     if rows:
         table = Table(*rows[0])
@@ -5750,7 +5784,7 @@ def run_sync(options: SyncOptions) -> int:
         config = load_config(options.config, SyncConfig)
         keep_secret(config.secrets)
         warn_of_readable(config.path, options.home / config.sftp.private_key, *config.secret_files)
-        with Display(options.terminal) as display, Sftp(config.sftp, options.home) as sftp, \
+        with Display(options.terminal, run) as display, Sftp(config.sftp, options.home) as sftp, \
                 Database(config.database) as database:  # fmt: skip
             Sync(options, run, config, display).work(sftp, database)
     return cast("int", run.summary.exit_code)
@@ -5777,6 +5811,9 @@ class Sync:
         self.approved: KeptRun | None = None
         if options.approve:
             self.approved = held_run(run.history, options.approve)
+        for sql_diff in config.sql_diffs:
+            names = [name.removesuffix(":int") for name in sql_diff.key or ()]
+            self.summary.keys[sql_diff.file] = names
 
     def work(self, sftp: Sftp, database: Database) -> None:
         extract = self.fetch_both_sides(sftp, database)
@@ -5790,6 +5827,7 @@ class Sync:
             return
         if reasons and not self.options.force:
             raise self.held(reasons)
+        self.run.save()  # So that a run that is killed leaves what it was about to write.
         failures = self.apply_changes(database, comparisons)
         if self.config.database.verify:
             self.verify(database, failures)
@@ -6021,7 +6059,7 @@ def run_schoolinks(options: SchooLinksOptions) -> int:
         login, server = schoolinks_credentials(settings, options.home)
         warn_of_readable(config.path, *config.secret_files)
         keep_secret(config.secrets | {login.password, server.password, server.passphrase})
-        with Display(options.terminal) as display:
+        with Display(options.terminal, run) as display:
             with display.phase("PowerSchool"):
                 sections = retried(functools.partial(query_powerschool, settings, login))
             write_sections(sections, run.folder, settings.quoting)
@@ -6136,6 +6174,400 @@ def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO
             yield file
 
 
+# ---------------------------------------------------------------------- command: history
+#
+# Given the folders of the runs that are kept; gives a table of them, one of them, what happened to
+# one student, or whether any of them was altered, on standard output; changes nothing.  Raises
+# ConfigError for a run that is not there.
+
+
+@dataclasses.dataclass(kw_only=True)
+class HistoryOptions(Options):
+    epoch: str = ""
+    key: str | None = None
+    file: str = ""
+    job: str = "sync"
+    homes: Sequence[str] = ()
+    csv: bool = False
+    verify: bool = False
+
+    def history(self, home: Path) -> Path:
+        """Where a home keeps the runs of the job that is asked for."""
+        return home / "history" if self.job == "sync" else home / "history" / self.job
+
+
+def history_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("epoch", nargs="?", metavar="EPOCH", help="show this run")
+    add("--key", metavar="VALUE", help="show everything that happened to the rows with this value "
+        "in a key column, such as a student number")  # fmt: skip
+    add("--file", metavar="NAME", help="with --key: only in this file, such as iep.csv")
+    add("--job", choices=("sync", "schoolinks"), help="whose runs (default: sync)")
+    add("--homes", nargs="+", metavar="DIR", help="one table over the runs of many homes")
+    add("--verify", action="store_true",
+        help="check that no file of a run was changed, removed or added since")  # fmt: skip
+    add("--csv", action="store_true", help="print CSV")
+    parser.set_defaults(run=run_history, kind=HistoryOptions)
+    return parser
+
+
+HISTORY_HELP = """Show the runs kept, newest first, one of them, or everything that happened to one
+student.  Changes nothing.
+
+  sgsync.py history                          the runs, newest first
+  sgsync.py history 20261121-210237          one run
+  sgsync.py history --key 100119             one student, over all runs
+  sgsync.py history --homes '/srv/sgsync/*'  the runs of many homes
+  sgsync.py history --verify                 was a run altered?  Exit code 5 if so
+"""
+
+
+def run_history(options: HistoryOptions) -> int:
+    """The runs, one run, one student, or what was altered; only one of them at a time."""
+    asked = [bool(options.epoch), options.key is not None, options.verify, bool(options.homes)]
+    if sum(asked) > 1:
+        raise ConfigError("give only one of EPOCH, --key, --verify and --homes")
+    if options.json and options.csv:
+        raise ConfigError("give only one of --json and --csv")
+    history = options.history(options.home)
+    if options.epoch:
+        return show_run(kept_run(history, options.epoch), options)
+    if options.key is not None:
+        if not options.key:
+            raise ConfigError("--key: is empty", "give a student number")
+        if options.job != "sync":
+            raise ConfigError("--key: only runs of sync record changes of rows", "leave out --job")
+        return show_events(list(KeySearch(history, options.key, options.file).events()), options)
+    homes = [options.home]
+    if options.homes:
+        named = itertools.chain.from_iterable(map(glob.glob, options.homes))
+        homes = sorted(set(map(Path, named)))
+        homes = [home for home in homes if (home / "history").is_dir()]
+    found = [(home, run) for home in homes for run in runs(options.history(home))]
+    found.sort(key=lambda pair: pair[1].epoch, reverse=True)
+    records = []
+    for home, run in found:
+        record = run_record(run)
+        records.append({"home": str(home), **record} if options.homes else record)
+    show_records(records, options, [short_cells(record) for record in records], "no runs")
+    return 0
+
+
+def kept_run(history: Path, epoch: str) -> KeptRun:
+    """The run that a person names; raises ConfigError where there is none."""
+    for run in runs(history):
+        if run.epoch == epoch:
+            return run
+    raise ConfigError(
+        f"{one_line(epoch)}: there is no such run in {history}",
+        f"{SCRIPT.name} history lists the runs",
+    )
+
+
+def run_record(run: KeptRun) -> dict[str, Any]:
+    """One run as JSON and CSV tell of it; counts are rows, of every file together."""
+    summary = run.summary or RunSummary("", outcome="unknown")
+    counts = {f"{word}_found": sum(file.tally(word).found for file in summary.files)
+              for word in (INSERT, UPDATE, DELETE)}  # fmt: skip
+    counts |= {f"{word}_applied": sum(file.tally(word).applied for file in summary.files)
+               for word in (INSERT, UPDATE, DELETE)}  # fmt: skip
+    return {
+        "epoch": run.epoch,
+        "started": summary.started,
+        "outcome": summary.outcome,
+        "exit_code": summary.exit_code,
+        **counts,
+        "failed": summary.total("failed"),
+        "left_alone": summary.total("left_alone"),
+        "not_converged": sum(file.not_converged for file in summary.files),
+        "rows": sum(section.get("rows", 0) for section in summary.sections),
+        "seconds": summary.seconds,
+        "message": summary.message,
+    }
+
+
+def short_cells(record: Mapping[str, Any]) -> dict[str, str]:
+    """A run as a row of the table: heading -> text."""
+    cells = {"home": one_line(record["home"])} if "home" in record else {}
+    cells |= {"run": record["epoch"], "outcome": one_line(record["outcome"])}
+    for word in (INSERT, UPDATE, DELETE):
+        found, applied = record[f"{word}_found"], record[f"{word}_applied"]
+        cells[word] = f"{applied:,}" if applied == found else f"{applied:,} of {found:,}"
+    if record["rows"]:
+        cells["rows"] = f"{record['rows']:,}"
+    return cells | {"failed": f"{record['failed']:,}", "time": f"{record['seconds']:.1f} s"}
+
+
+def show_records(
+    records: Sequence[Mapping[str, Any]],
+    options: HistoryOptions,
+    cells: Sequence[Mapping[str, str]],
+    nothing: str,
+) -> None:
+    """Print records as JSON or CSV, or else their cells as a table, on standard output."""
+    if options.json:
+        print_json(records)
+    elif options.csv and sys.stdout is not None:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([list(records[0])] if records else [])
+        csv.writer(text).writerows(record.values() for record in records)
+        sys.stdout.buffer.write(text.getvalue().encode("utf-8"))
+        sys.stdout.buffer.flush()
+    elif not options.csv:
+        print(text_table(cells) or nothing)
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns under their headings; those that begin with digits stand to the right."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [all(row.get(name, "0")[:1].isdigit() for row in rows) for name in names]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+        if names
+    )
+
+
+def show_run(run: KeptRun, options: HistoryOptions) -> int:
+    """One run: how it ended, for each file what it did, and where to look further."""
+    summary = run.summary
+    if options.json:
+        print_json(dataclasses.asdict(summary) if summary else None)
+        return 0
+    if options.csv or summary is None:
+        show_records([run_record(run)], options, [short_cells(run_record(run))], "")
+        return 0
+    code = "" if summary.exit_code is None else f" (exit code {summary.exit_code})"
+    approval = summary.approval
+    about = {
+        "run": f"{run.epoch}, {summary.seconds:.1f} s, {run.folder}",
+        "outcome": f"{summary.outcome}{code}: {summary.message}",
+        "try": summary.remedy,
+        "started": f"{summary.started} by {summary.account} on {summary.computer}",
+        "arguments": command_line(summary.arguments),
+        "extract": summary.source_epoch,
+        "approved": f"run {approval.run} by {approval.by} {approval.at} {approval.why}"
+        if approval
+        else "",
+        "limits": "skipped with --force" if summary.forced else "",
+        "over limits": "\n".join(summary.over_limits),
+    }
+    for name, text in about.items():
+        lines = [printable(line) for line in text.strip().split("\n")]
+        if lines != [""]:
+            print(f"{name + ':':<13}" + "\n             ".join(lines))
+    cells = [file_cells(file, planned=summary.only_planned) for file in summary.files]
+    cells += [section_cells(section) for section in summary.sections]
+    cells = [{name: printable(text) for name, text in row.items()} for row in cells]
+    stages = [{"stage": stage.name, "time": f"{stage.seconds:.1f} s"} for stage in summary.stages]
+    for table in filter(None, (text_table(cells), text_table(stages))):
+        print(f"\n{table}")
+    return 0
+
+
+@dataclasses.dataclass
+class Event:
+    """One change to one row, and what became of it; `values` is column -> (before, after)."""
+
+    epoch: str
+    started: str
+    file: str
+    operation: str
+    key: str
+    values: dict[str, tuple[str, str]]
+    outcome: str  # written, failed, not written or unknown
+    reason: str = ""
+    approved_by: str = ""
+    why: str = ""
+
+    VERBS: typing.ClassVar[Mapping[str, tuple[str, str, str]]] = {  # as it is after each of these
+        INSERT: ("inserted", "did not insert", "may have inserted"),
+        UPDATE: ("updated", "did not update", "may have updated"),
+        DELETE: ("deleted", "did not delete", "may have deleted"),
+    }
+
+    def __str__(self) -> str:
+        when = {"written": 0, "unknown": 2}.get(self.outcome, 1)
+        told = []
+        for column, (before, after) in self.values.items():
+            if self.operation == UPDATE:
+                told.append(f"{column} from '{before}' to '{after}'")
+            elif before or after:
+                told.append(f"{column} '{before or after}'")
+        end = f": {self.reason}" if self.reason else ""
+        if self.approved_by:
+            end += f"; approved by {self.approved_by}" + (f" ({self.why})" if self.why else "")
+        return one_line(
+            f"{self.started[:19].replace('T', ' ')} run {self.epoch} "
+            f"{self.VERBS[self.operation][when]} {self.file} {self.key}"
+            f"{' (' * bool(told)}{', '.join(told)}{')' * bool(told)}{end}"
+        )
+
+    def records(self) -> list[dict[str, str]]:
+        """A record for each column, for CSV."""
+        own = {name: value for name, value in vars(self).items() if name != "values"}
+        return [
+            {**own, "column": column, "before": before, "after": after}
+            for column, (before, after) in (self.values or {"": ("", "")}).items()
+        ]
+
+
+def show_events(events: Sequence[Event], options: HistoryOptions) -> int:
+    """Print what happened to one student, oldest first."""
+    if options.json:
+        print_json([dataclasses.asdict(event) for event in events])
+    elif options.csv:
+        records = [record for event in events for record in event.records()]
+        show_records(records, options, [], "")
+    else:
+        kept = plural(len(runs(options.history(options.home))), "run")
+        nothing = f"no change to a row with the key {one_line(options.key)} in {kept}"
+        print("\n".join(map(str, events)) or nothing)
+    return 0
+
+
+class KeySearch:
+    """Finds the changes to all rows that have one value in a key column, over all runs kept.
+
+    A diff file is searched as bytes, and only records that contain the value are parsed: most
+    files do not contain it.  `--key` means the columns of `key=` as the run knew them.
+    """
+
+    def __init__(self, history: Path, value: str, file: str) -> None:
+        self._runs, self._value, self._file = runs(history), value, file
+        self._bytes = value.replace('"', '""').encode("utf-8", "surrogateescape")
+
+    def events(self) -> Iterator[Event]:
+        """Oldest first; within a run in the order of its files."""
+        keys: dict[str, list[str]] = {}  # A run of an older version does not name its keys.
+        for run in self._runs:
+            keys = {**(run.summary.keys if run.summary else {}), **keys}
+        for run in reversed(self._runs):
+            known = {**keys, **(run.summary.keys if run.summary else {})}
+            folder = run.folder / "diff"
+            for path in sorted(folder.glob("*.csv")) if folder.is_dir() else ():
+                if self._file in ("", path.name):
+                    yield from self._changes(run, path, known.get(path.name, []))
+
+    def _changes(self, run: KeptRun, path: Path, key: Sequence[str]) -> Iterator[Event]:
+        """The changes of one diff file; without `key` every column is part of it."""
+        with local_errors(path):
+            data = path.read_bytes()
+        if self._bytes not in data:
+            return
+        header = next(csv.reader(io.StringIO(data[:RECORD_BYTES].decode("utf-8", "replace"))))
+        columns = [name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2]]
+        indexes = [columns.index(name) for name in key if name in columns] or range(len(columns))
+        for record in self._records(data):
+            if record[0] not in OPERATIONS or len(record) != len(header):
+                continue
+            before, after = record[1 : 1 + len(columns)], record[1 + len(columns) :]
+            row = before if record[0] == DELETE else after
+            if self._value in [row[index] for index in indexes]:
+                shown = ", ".join(
+                    f"{one_line(columns[i])}={one_line(shortened(row[i], 100))}" for i in indexes
+                )
+                values = {
+                    column: (before[i], after[i])
+                    for i, column in enumerate(columns)
+                    if before[i] != after[i] and (record[0] == UPDATE or i not in indexes)
+                }
+                yield self._event(run, path, record, shown, values)
+
+    def _records(self, data: bytes) -> Iterator[list[str]]:
+        """The records that contain the value.
+
+        A line break ends a record if the number of quotes since the record's begin is even.
+        """
+        start = 0  # of a record
+        while (hit := data.find(self._bytes, start)) >= 0:
+            begin = data.rfind(b"\r\n", start, hit)
+            quotes = data.count(b'"', start, max(begin, start))
+            while begin >= 0 and quotes & 1:
+                earlier = data.rfind(b"\r\n", start, begin)
+                quotes -= data.count(b'"', max(earlier, start), begin)
+                begin = earlier
+            begin = start if begin < 0 else begin + 2
+            end, quotes, found = begin, 1, 0
+            while quotes & 1 and found >= 0:
+                found = data.find(b"\r\n", max(hit, end))
+                end = len(data) if found < 0 else found + 2
+                quotes = data.count(b'"', begin, end)
+            text = data[begin:end].decode("utf-8", "replace")
+            yield from csv.reader(io.StringIO(text, newline=""))
+            start = end
+
+    def _event(
+        self, run: KeptRun, path: Path, record: Sequence[str], key: str,
+        values: dict[str, tuple[str, str]],
+    ) -> Event:  # fmt: skip
+        summary, operation = run.summary, record[0]
+        event = Event(run.epoch, "", path.name, operation, key, values, "unknown")
+        if summary is None:
+            event.reason = "the run left no summary"
+            return event
+        event.started = summary.started
+        if summary.outcome == "running":
+            event.reason = "the run was killed, or is not finished"
+        elif summary.only_planned:
+            event.outcome = "not written"
+            event.reason = "the run was held" if summary.outcome == "held" else "a dry run"
+        else:
+            self._tell(event, run, path, record)
+        if summary.approval:
+            event.approved_by, event.why = summary.approval.by, summary.approval.why
+        elif summary.forced:
+            event.approved_by = f"{summary.account} with --force"
+        return event
+
+    def _tell(self, event: Event, run: KeptRun, path: Path, record: Sequence[str]) -> None:
+        """What became of a change in a run that went on to write."""
+        summary, operation = cast("RunSummary", run.summary), event.operation
+        files = [file for file in summary.files if file.file == path.name]
+        tally = files[0].tally(operation) if files else Tally()
+        refused = {
+            row["error"]
+            for row in self._rows(run.folder / FAILURES_NAME)
+            if tally.failed and (row["operation"], row["key"]) == (operation, event.key)
+        }
+        tried = tally.applied + tally.failed
+        event.outcome = "not written"
+        if tally.left_alone:
+            event.reason = f"left alone, config.xml had no <{operation.title()}> for this file"
+        elif refused:
+            event.outcome, event.reason = "failed", " / ".join(refused)
+        elif not files or (tried < tally.found and self._position(path, record) >= tried):
+            event.reason = "the run stopped before this row"
+        else:
+            event.outcome = "written"
+            if files[0].not_converged and any(
+                (row["file"], row["operation"], row["key"]) == (path.name, operation, event.key)
+                for row in self._rows(run.folder / NOT_CONVERGED_NAME)
+            ):
+                event.reason = "did not converge, the row still differs after the call"
+
+    @staticmethod
+    def _position(path: Path, record: Sequence[str]) -> int:
+        """How many changes of the same operation stand before this one: they were tried first."""
+        for position, (before, after) in enumerate(read_changes(path, record[0])):
+            if (*before, *after) == tuple(record[1:]):
+                return position
+        return 0
+
+    @staticmethod
+    def _rows(path: Path) -> list[dict[str, str]]:
+        if not path.is_file():
+            return []
+        with local_errors(path), path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+
 # ---------------------------------------------------------------------- main
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
@@ -6146,6 +6578,7 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
         "compare two CSV files",
         "What would have to be inserted, updated and deleted in B to make it A.",
     ),
+    "history": (history_arguments, "the runs kept, or what happened to one student", HISTORY_HELP),
 }
 
 
@@ -6172,8 +6605,9 @@ def build_parser() -> Parser:
     parser.set_defaults(command="sync")
     for name, (arguments, title, description) in COMMANDS.items():
         commands.add_parser(
-            name, parents=[common, arguments()], help=title, description=description or title
-        )
+            name, parents=[common, arguments()], help=title, description=description or title,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
     return parser
 
 
