@@ -55,6 +55,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import operator
 import os
 import re
@@ -68,6 +69,7 @@ import subprocess
 import threading
 import time
 import typing
+import webbrowser
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, TextIO, TypeVar, cast
@@ -296,6 +298,22 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         lines = redact(super().format(record)).split("\n")
         return "\n    ".join(map(printable, lines))
+
+
+class JsonFormatter(LogFormatter):
+    """One JSON object a line, for a collector of logs; `run` is the epoch, where there is one."""
+
+    run = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).split("\n    ")
+        told = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "run": JsonFormatter.run,
+            "message": "\n".join(lines),
+        }
+        return json.dumps(told)
 
 
 def local_time(seconds: float) -> datetime.datetime:
@@ -4762,6 +4780,25 @@ class KeptRun:
         except (OSError, ValueError, TypeError, AttributeError):
             return None
 
+    @functools.cached_property
+    def manifest(self) -> Manifest | None:
+        """What the folder held when the run's outcome was settled, or None if nobody can say."""
+        try:
+            text = (self.folder / MANIFEST_NAME).read_text(encoding="utf-8")
+            manifest = cast("Manifest", from_json(Manifest, json.loads(text)))
+            numbers = [manifest.sealed, *(file.size for file in manifest.files.values())]
+            before = manifest.previous.run if manifest.previous else ""
+            typed = isinstance(before, str) and all(type(number) is int for number in numbers)
+            return manifest if typed and manifest.run == self.epoch else None
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    @property
+    def settled(self) -> bool:
+        """True if the run is over: one that is being pushed says so already in its summary."""
+        outcome = self.summary.outcome if self.summary else "running"
+        return self.complete or outcome not in ("running", "complete", "partial")
+
     @property
     def complete(self) -> bool:
         return (self.folder / COMPLETE).is_file()
@@ -4811,11 +4848,143 @@ def prune(history: Path, keep: int, current: Path) -> int:
     return pruned
 
 
+# ---------------------------------------------------------------------- history: Manifest, verify
+#
+# Given the folders of runs; gives a manifest for each run, which names the manifest of the run
+# before, and later what was altered since.  Raises Error where a disk fails.
+
+
+@dataclasses.dataclass
+class Sealed:
+    """A file as it was; of the log, which grows on, its first `size` bytes."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, size: int | None = None) -> Sealed:
+        """The file as it is, or its first `size` bytes."""
+        digest, count = hashlib.sha256(), 0
+        with local_errors(path), path.open("rb") as file:
+            while block := file.read(
+                BLOCK_BYTES if size is None else min(BLOCK_BYTES, size - count)
+            ):
+                digest.update(block)
+                count += len(block)
+        return cls(count, digest.hexdigest())
+
+
+@dataclasses.dataclass
+class Link:
+    """The run sealed before, by the SHA-256 of its manifest."""
+
+    run: str
+    sha256: str
+
+
+@dataclasses.dataclass
+class Manifest:
+    """Every file of a run's folder when its outcome was settled; `sealed` is ns since 1970, UTC.
+
+    The report is not in it, for it is made of the other files and can be made again.
+    """
+
+    run: str
+    sealed: int
+    previous: Link | None
+    files: dict[str, Sealed] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def paths(folder: Path) -> dict[str, Path]:
+        """The files of a run that a manifest holds: name in the folder -> path."""
+        others = (MANIFEST_NAME, REPORT_NAME, COMPLETE)
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        return {
+            name: path
+            for name, path in found.items()
+            if name not in others and path.suffix != PART and (path.is_symlink() or path.is_file())
+        }
+
+    @classmethod
+    def write(cls, folder: Path, earlier: Sequence[KeptRun]) -> None:
+        """Seal the folder of a run; `earlier` are the other runs."""
+        last = max(
+            (run for run in earlier if run.settled and run.manifest),
+            key=lambda run: cast("Manifest", run.manifest).sealed,
+            default=None,
+        )
+        link = Link(last.epoch, Sealed.of(last.folder / MANIFEST_NAME).sha256) if last else None
+        files = {name: Sealed.of(path) for name, path in cls.paths(folder).items()}
+        manifest = cls(folder.name, time.time_ns(), link, files)
+        with new_file(folder / MANIFEST_NAME) as file:
+            text = json.dumps(dataclasses.asdict(manifest), indent=1)
+            file.write(text.encode("ascii") + b"\n")
+
+    def altered(self, folder: Path) -> Iterator[str]:
+        """What differs from the manifest, in words."""
+        there = self.paths(folder)
+        for name, sealed in self.files.items():
+            path = there.pop(name, None)
+            if path is None:
+                yield f"{one_line(name)} is missing"
+            elif path.is_symlink():
+                yield f"{one_line(name)} was replaced with a link"
+            elif Sealed.of(path, sealed.size if name == LOG_NAME else None) != sealed:
+                yield f"{one_line(name)} was altered"
+        for name in there:
+            yield f"{one_line(name)} was added"
+
+
+def verify(kept: Sequence[KeptRun]) -> Iterator[tuple[str, str]]:
+    """Epoch and description of all that was altered in the runs kept.
+
+    Pruning takes the runs with the lowest names, so one that is named by another and missing was
+    pruned if its name is lower than all that are left, and else deleted.
+    """
+    sealed = [(run.manifest.sealed, run.epoch, run.manifest, run) for run in kept if run.manifest]
+    sealed.sort(key=lambda entry: entry[:2])
+    by_epoch = {run.epoch: run for run in kept}
+    oldest = min(by_epoch, default="")
+    first = min((epoch for _, epoch, _, _ in sealed), default="")
+    told = set()
+    for run in kept:
+        outcome = run.summary.outcome if run.summary else "unknown"
+        # A run that was killed, or that another one kept from starting, has no manifest.
+        expected = run.complete or outcome not in ("running", BusyError.outcome)
+        if expected and not run.manifest and run.epoch > first > "":
+            told.add(run.epoch)
+            yield run.epoch, f"{MANIFEST_NAME} is missing or cannot be read"
+    follows = False  # True if a settled run was sealed before
+    for _, epoch, manifest, run in sealed:
+        before = manifest.previous
+        if before is None:
+            if follows:
+                yield epoch, f"{MANIFEST_NAME} does not name the run before"
+        elif before.run not in by_epoch:
+            if before.run > oldest:
+                yield before.run, f"the run was deleted; run {epoch} was made after it"
+        elif before.run not in told:
+            path = by_epoch[before.run].folder / MANIFEST_NAME
+            if not path.is_file() or Sealed.of(path).sha256 != before.sha256:
+                yield before.run, f"{MANIFEST_NAME} is not the one that run {epoch} saw"
+        for what in manifest.altered(run.folder):
+            yield epoch, what
+        follows = follows or run.settled
+
+
+# ---------------------------------------------------------------------- history: Run
+
+
 class Run:
-    """The run under way: its folder and its summary."""
+    """The run under way: its folder and its summary.
+
+    `settings` is <History>, once config.xml could be read.  `report` makes report.html.
+    """
 
     def __init__(self, history: Path, command: str, arguments: Sequence[str]) -> None:
         self.history, self.folder = history, self._new_folder(history)
+        self.settings: History | None = None
+        self.report: Callable[[Run, Sequence[KeptRun]], None] | None = None
         self._began = time.monotonic()
         self.summary = RunSummary(
             command=command,
@@ -4848,9 +5017,22 @@ class Run:
             file.write(text.encode("ascii") + b"\n")
 
     def conclude(self, outcome: str, exit_code: int, message: str, remedy: str = "") -> None:
-        """Settle the outcome."""
+        """Settle the outcome, write the report and seal the folder."""
         self.summary.conclude(outcome, exit_code, message, remedy)
         self.save()
+        report, earlier = self.report, functools.cache(self.earlier)
+        if report:
+            self.attempt(REPORT_NAME, lambda: report(self, earlier()))
+        if outcome != BusyError.outcome:  # Another run is under way, and will be the next link.
+            self.attempt(MANIFEST_NAME, lambda: Manifest.write(self.folder, earlier()))
+
+    def attempt(self, name: str, write: Callable[[], None]) -> None:
+        """Write what tells of the run; if that fails, the run's outcome stands."""
+        try:
+            write()
+        except Exception as exception:
+            log.warning("%s: could not be written: %s", name, Error.of(exception).message)
+            log.debug("", exc_info=True)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -4882,11 +5064,11 @@ class Run:
                 done = f"{plural(applied, 'row')} written so far stay; the next run continues"
                 done += " from there"
             error = InterruptError(done)
+        if isinstance(error, HeldError):
+            with contextlib.suppress(Error), new_file(self.folder / HELD) as file:
+                file.write(redact(str(error)).encode("utf-8") + b"\n")
         with contextlib.suppress(Error):  # a full disk
             self.conclude(error.outcome, error.exit_code, error.message, error.remedy)
-            if isinstance(error, HeldError):
-                with new_file(self.folder / HELD) as file:
-                    file.write(redact(str(error)).encode("utf-8") + b"\n")
         return error
 
 
@@ -5463,12 +5645,14 @@ class Options:
     verbose: bool = False
     quiet: int = 0
     json: bool = False
+    log_format: str = "text"
     arguments: Sequence[str] = ()  # as they were typed
 
     @property
     def terminal(self) -> bool:
         """Whether a person watches."""
-        return sys.stderr.isatty() and not (self.quiet or self.verbose)
+        plain = self.log_format == "text" and not (self.quiet or self.verbose)
+        return plain and sys.stderr.isatty()
 
     def typed(self, *words: str) -> str:
         """A command for this home, as a person can type it; as whom, where that matters.
@@ -5502,6 +5686,544 @@ class Parser(argparse.ArgumentParser):
             if close := difflib.get_close_matches(word.lower(), COMMANDS, 1):
                 remedy = f"{self.prog} {close[0]}"
         self.exit(ConfigError.exit_code, f"{self.prog}: {message}\nTry: {remedy}\n")
+
+
+# ---------------------------------------------------------------------- report: write_report
+#
+# Given a run's summary, its folder, and the runs kept; gives report.html in that folder, one page
+# that loads nothing from elsewhere.  Raises Error where the disk fails, ImportError without Jinja2.
+
+REPORT_ROWS = 200  # More rows of one kind are left to the CSV file.
+RECENT_RUNS = 14
+BAR_HEIGHT = 60
+REPORT = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>sgsync {{ s.epoch }}: {{ word }}</title>
+<style>
+:root { --page: #f4f6f9; --card: #fff; --text: #1b2130; --soft: #555f70; --line: #d9dee6;
+  --code: #eef1f6; --bar: #2f66b8; --good: #17683a; --warn: #875200; --bad: #b02318; }
+@media (prefers-color-scheme: dark) { :root { --page: #101319; --card: #191e27; --text: #e7eaf0;
+  --soft: #a4adbc; --line: #343c4a; --code: #242b37; --bar: #79aaf7; --good: #6fd08c;
+  --warn: #f0b35a; --bad: #ff8d83; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 2rem; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  padding: 1rem 1.25rem; margin: 0 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
+p { margin: .5rem 0; }
+.top { border-left: .4rem solid var(--tone); }
+.top h1 { color: var(--tone); }
+.top h1 small { color: var(--soft); font-size: 1rem; font-weight: 400; white-space: nowrap; }
+.good { --tone: var(--good); } .warn { --tone: var(--warn); } .bad { --tone: var(--bad); }
+.soft, dt, figcaption { color: var(--soft); }
+pre { background: var(--code); border-radius: .4rem; padding: .6rem .75rem; margin: .5rem 0;
+  white-space: pre-wrap; font: .875rem/1.45 ui-monospace, Consolas, Menlo, monospace; }
+ul { margin: .5rem 0; padding-left: 1.25rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; }
+dd { margin: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
+  overflow-wrap: break-word; }
+.words td, th.file { overflow-wrap: anywhere; }
+caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: top; }
+th { font-weight: 600; }
+thead th { color: var(--soft); font-size: .875rem; vertical-align: bottom; }
+th:first-child, .words th, .words td, th.file { text-align: left; }
+th.file { padding-top: .9rem; } th.file span { font-weight: 400; color: var(--soft); }
+tbody th { font-weight: 400; } tbody th.file, [aria-current] > * { font-weight: 600; }
+tbody tr:last-child > * { border-bottom: 0; }
+.zero { color: var(--soft); }
+.note { color: var(--bad); font-weight: 600; }
+.stages, .counts { table-layout: fixed; } .stages th:first-child { width: 8rem; }
+.words th:first-child { width: 40%; }
+.stages th:nth-child(3) { width: 6rem; }
+.stages td:nth-child(2) { vertical-align: middle; } .stages th:nth-child(2) { text-align: left; }
+.track { background: var(--code); border-radius: .25rem; height: .8rem; }
+.track div { background: var(--bar); border-radius: .25rem; height: 100%; min-width: 2px; }
+figure { margin: 0 0 .9rem; } figcaption b { color: var(--text); font-weight: 600; }
+svg { display: block; width: 100%; height: 4rem; border-bottom: 1px solid var(--line); }
+svg .runs { fill: var(--bar); } svg .bad { fill: var(--bad); }
+.span { display: flex; justify-content: space-between; font-size: .875rem; color: var(--soft); }
+@media (max-width: 40rem) { main { padding: .75rem .5rem 1rem; } section { padding: .75rem; }
+  table { font-size: .875rem; } th, td { padding: .3rem .25rem; } thead th { font-size: .75rem; }
+  .counts th:first-child { width: 24%; } dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .4rem; } .stages th:first-child { width: 6rem; } }
+@media print { :root { color-scheme: light; --page: #fff; --card: #fff; --text: #000;
+  --soft: #444; --line: #bbb; --code: #f2f2f2; --bar: #2f66b8; --good: #17683a; --warn: #875200;
+  --bad: #b02318; } body { font-size: 11pt; } main { max-width: none; padding: 0; }
+  section { border: 0; padding: 0; } .top { padding-left: .75rem; border-left: .3rem solid; }
+  tr, figure, pre { break-inside: avoid; } h2 { break-after: avoid; }
+  .track div { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+</style>
+</head>
+<body>
+<main>
+
+<section class="top {{ tone }}" aria-labelledby="outcome">
+<h1 id="outcome"><span aria-hidden="true">{{ mark }}</span> {{ word }}
+<small>run {{ s.epoch }}</small></h1>
+{%- for line in message %}
+<p>{{ line }}</p>
+{%- endfor %}
+{%- if remedy %}
+<p><b>What to do:</b> {{ remedy[0] }}</p>
+{%- for line in remedy[1:] %}
+<pre>{{ line }}</pre>
+{%- endfor %}
+{%- endif %}
+</section>
+
+{%- if over_limits %}
+
+<section aria-labelledby="limits">
+<h2 id="limits">Beyond the limits</h2>
+<ul>
+{%- for sentence in over_limits %}
+<li>{{ sentence }}</li>
+{%- endfor %}
+</ul>
+{%- if allowed %}
+<p>{{ allowed }}</p>
+{%- endif %}
+</section>
+{%- endif %}
+
+{%- if s.files %}
+
+<section aria-labelledby="changes">
+<h2 id="changes">Changes</h2>
+<table class="counts">
+<caption>Rows by file and operation{{ "; this run wrote nothing" if s.only_planned }}</caption>
+<thead><tr><th scope="col">Operation</th><th scope="col">Found</th><th scope="col">Applied</th>
+<th scope="col">Failed</th><th scope="col">Left alone</th></tr></thead>
+{%- for file in s.files %}
+<tbody>
+<tr><th class="file" scope="rowgroup" colspan="5">{{ file.file }}
+<span>{{ file.source_rows|number }} rows from SameGoal,
+{{ file.target_rows|number }} in the database, {{ file.seconds|time }}
+{%- if file.not_converged %}; <span class="note">{{ file.not_converged|number }} did not
+converge</span>{% endif %}</span></th></tr>
+{%- for operation in operations %}
+{%- set tally = file.tally(operation) %}
+<tr><th scope="row">{{ operation }}</th>
+{%- for count in (tally.found, tally.applied, tally.failed, tally.left_alone) %}
+<td class="{{ 'zero' if not count else 'note' if loop.index0 == 2 }}">{{ count|number }}</td>
+{%- endfor %}</tr>
+{%- endfor %}
+</tbody>
+{%- endfor %}
+</table>
+</section>
+{%- endif %}
+
+{%- for title, told, table, more, file in lists if table %}
+
+<section aria-labelledby="{{ file }}">
+<h2 id="{{ file }}">{{ title }}</h2>
+<table class="words">
+<caption>{{ told }}</caption>
+<thead><tr>{% for name in table[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row in table %}
+<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</tbody>
+</table>
+{%- if more %}
+<p>And {{ more|number }} more, see {{ file }} in this run's folder.</p>
+{%- endif %}
+</section>
+{%- endfor %}
+
+{%- if differences %}
+
+<section aria-labelledby="formats">
+<h2 id="formats">Differences of format</h2>
+<p class="soft">These updates change how a value is written, not the value, and come back every
+night until the setting at the end of the sentence is made.</p>
+<ul>
+{%- for sentence in differences %}
+<li>{{ sentence }}</li>
+{%- endfor %}
+</ul>
+</section>
+{%- endif %}
+
+{%- if stages %}
+
+<section aria-labelledby="stages">
+<h2 id="stages">Time</h2>
+<table class="stages">
+<caption>When each stage ran, within {{ s.seconds|time }}</caption>
+<thead><tr><th scope="col">Stage</th><th scope="col">From start to end</th>
+<th scope="col">Duration</th></tr></thead>
+<tbody>
+{%- for stage in stages %}
+<tr><th scope="row">{{ stage.name }}</th><td><div class="track"><div style="margin-left:
+{{- stage.left }}%;width:{{ stage.width }}%"></div></div></td><td>{{ stage.seconds|time }}</td></tr>
+{%- endfor %}
+</tbody>
+</table>
+</section>
+{%- endif %}
+
+{%- if charts %}
+
+<section aria-labelledby="trend">
+<h2 id="trend">Trend</h2>
+{%- for chart in charts %}
+<figure>
+<figcaption><b>{{ chart.name }}</b> {{ chart.told }}</figcaption>
+<svg viewBox="0 0 {{ chart.width }} {{ chart.height }}" preserveAspectRatio="none" role="img"
+aria-label="{{ chart.name }}: {{ chart.told }}"><path class="{{ chart.tone }}"
+d="{{ chart.path }}"/></svg>
+</figure>
+{%- endfor %}
+<div class="span"><span>{{ trend_from }}</span><span>{{ trend_to }}</span></div>
+</section>
+
+<section aria-labelledby="recent">
+<h2 id="recent">Latest runs</h2>
+<table>
+<thead><tr><th scope="col">Run</th><th scope="col">Outcome</th><th scope="col">Written</th>
+<th scope="col">Failed</th><th scope="col">Time</th></tr></thead>
+<tbody>
+{%- for run in recent %}
+<tr{% if run.epoch == s.epoch %} aria-current="true"{% endif %}>
+<th scope="row">{{ run.epoch }}</th><td>{{ run.outcome }}</td>
+<td>{{ run.total("applied")|number }}</td><td>{{ run.total("failed")|number }}</td>
+<td>{{ run.seconds|time }}</td></tr>
+{%- endfor %}
+</tbody>
+</table>
+</section>
+{%- endif %}
+
+<section aria-labelledby="about">
+<h2 id="about">About this run</h2>
+<dl>
+{%- for name, value in about if value %}
+<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{%- endfor %}
+</dl>
+</section>
+
+</main>
+</body>
+</html>
+"""
+
+
+class Report:
+    """The page that tells of one run; where keys are not shown, no part of a key is."""
+
+    OUTCOMES: Mapping[str, tuple[str, str, str]] = {  # outcome -> mark, tone, word
+        "complete": ("\u2713", "good", "Complete"),
+        "partial": ("!", "warn", "Finished, but not for every row"),
+        "dry run": ("\u2713", "good", "Dry run"),
+        "held": ("!", "warn", "Held, nothing was written"),
+        "busy": ("!", "warn", "Not started, another run was active"),
+        "interrupted": ("\u2715", "bad", "Interrupted"),
+        "running": ("!", "warn", "Not finished"),
+    }
+
+    def __init__(
+        self, summary: RunSummary, folder: Path, kept: Sequence[KeptRun], *, keys: bool
+    ) -> None:
+        self.summary, self.folder, self.keys = summary, folder, keys
+        trend = [run.summary for run in reversed(kept) if run.summary and run.folder != folder]
+        trend = [*trend, summary]
+        trend.sort(key=lambda told: told.epoch)
+        self.trend = [told for told in trend if told.outcome not in ("dry run", "busy", "running")]
+
+    def write(self) -> Path:
+        """Write report.html; returns its path."""
+        path = self.folder / REPORT_NAME
+        with new_file(path) as file:
+            file.write(self.html().encode("utf-8"))
+        return path
+
+    def html(self) -> str:
+        import jinja2
+
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, finalize=self._shown
+        )
+        environment.filters |= {"number": "{:,}".format, "time": self._time}
+        summary = self.summary
+        mark, tone, word = self.OUTCOMES.get(summary.outcome, ("\u2715", "bad", "Failed"))
+        if summary.outcome == "dry run" and summary.exit_code:
+            mark, tone, word = "!", "warn", "Dry run; a real run would be held"
+        recent = self.trend[-1 : -RECENT_RUNS - 1 : -1]
+        return environment.from_string(REPORT).render(
+            s=summary, mark=mark, tone=tone, word=word, operations=(INSERT, UPDATE, DELETE),
+            message=self._without_keys(summary.message).split("\n"),
+            remedy=self._remedy(),
+            over_limits=[self._without_keys(sentence) for sentence in summary.over_limits
+                         if sentence not in summary.message],
+            allowed=self._allowed(), lists=[self._failures(), self._not_converged()],
+            differences=[difference for file in summary.files
+                         for difference in map(self._without_keys, file.format_differences)],
+            stages=list(self._stages()), about=self._about(), recent=recent,
+            charts=list(self._charts()) if len(self.trend) > 1 else [],
+            trend_from=self.trend[0].epoch if self.trend else "",
+            trend_to=self.trend[-1].epoch if self.trend else "",
+        )  # fmt: skip
+
+    def _remedy(self) -> list[str]:
+        """What to do, and the commands for it."""
+        summary = self.summary
+        if summary.remedy:
+            return summary.remedy.split("\n")
+        advice = []
+        if summary.total("failed"):
+            advice.append(
+                "Correct what the errors below say, in SameGoal or in the database; the next run "
+                "tries these rows again."
+            )
+        if any(file.not_converged for file in summary.files):
+            advice.append(
+                "A procedure does not write what the query reads: correct one of the two."
+            )
+        return [" ".join(advice)] if advice else []
+
+    @staticmethod
+    def _shown(value: object) -> object:
+        """Text in printable characters and without secrets; what is HTML already stays."""
+        return redact(printable(value)) if type(value) is str else value
+
+    @staticmethod
+    def _time(seconds: float) -> str:
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        if seconds < 60:
+            return f"{seconds:.1f} s"
+        return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+    def _without_keys(self, text: str) -> str:
+        """The text up to the first key in it, unless keys are to be shown.
+
+        What a key holds cannot be told from what follows it, except for the advice at the end of
+        a difference of format.
+        """
+        names = {one_line(name) for names in self.summary.keys.values() for name in names}
+        any_column = r"[^\s=,;]+" if not all(self.summary.keys.values()) else ""
+        pattern = "|".join(filter(None, [*map(re.escape, sorted(names)), any_column]))
+        found = re.search(rf"(?<!\w)(?:{pattern})=", text) if pattern else None
+        if self.keys or not found:
+            return text
+        advice = re.search(r"; ([\w ]+=\"[^\"]*\" .*)$", text)
+        return f"{text[: found.start()]}(keys are left out){f'; {advice[1]}' if advice else ''}"
+
+    def _allowed(self) -> str:
+        """Why changes beyond the limits were written all the same."""
+        approval = self.summary.approval
+        if approval:
+            why = f": {approval.why}" if approval.why else ""
+            rows = plural(approval.rows, "row")
+            return (
+                f"Run {approval.run} was approved by {approval.by}, {rows} beyond the limits{why}."
+            )
+        return "The limits were skipped (--force)." if self.summary.forced else ""
+
+    def _rows(self, name: str) -> list[dict[str, str]]:
+        path = self.folder / name
+        if not path.is_file():
+            return []
+        with local_errors(path), path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _failures(self) -> tuple[str, str, list[dict[str, str]], int, str]:
+        """Title, caption, rows (heading -> text), how many more, and the file that has all."""
+        found = self._rows(FAILURES_NAME)
+        rows = []
+        for row in found[:REPORT_ROWS]:
+            error = f"{row['procedure']}: {row['error']}"
+            if self.keys:
+                rows.append({"Row": f"{row['operation']} {row['key']}", "Procedure: error": error})
+                continue
+            for part in sorted(set(re.split(r"[=,\s]+", row["key"])), key=len, reverse=True):
+                if part:
+                    error = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "...", error)
+            rows.append({"Row": row["operation"], "Procedure: error": error})
+        told = f"The database refused {plural(len(found), 'row')}; the next run tries again."
+        return "Rows that failed", told, rows, max(len(found) - REPORT_ROWS, 0), FAILURES_NAME
+
+    def _not_converged(self) -> tuple[str, str, list[dict[str, str]], int, str]:
+        found = self._rows(NOT_CONVERGED_NAME)
+        rows = [
+            {
+                "Row": f"{row['operation']} {row['key'] if self.keys else ''}",
+                "Procedure": f"{row['procedure']}, {row['file']}",
+                "Runs in a row": row["runs"],
+            }
+            for row in found[:REPORT_ROWS]
+        ]
+        told = "The call succeeded, but the row still differs: the procedure had no effect."
+        more = max(len(found) - REPORT_ROWS, 0)
+        return "Rows that did not converge", told, rows, more, NOT_CONVERGED_NAME
+
+    def _stages(self) -> Iterator[dict[str, Any]]:
+        """The stages as bars: where they begin and how long they are, in percent of the run."""
+        whole = max(self.summary.seconds, 0.001)
+        for stage in sorted(self.summary.stages, key=lambda stage: stage.began):
+            left = min(100 * stage.began / whole, 100)
+            width = min(100 * stage.seconds / whole, 100 - left)
+            yield vars(stage) | {"left": f"{left:.2f}", "width": f"{width:.2f}"}
+
+    def _charts(self) -> Iterator[dict[str, Any]]:
+        """A bar for each run, oldest first."""
+        runs = plural(len(self.trend), "run")
+        for name, counts, tone in (
+            ("Rows written", [run.total("applied") for run in self.trend], "runs"),
+            ("Rows failed", [run.total("failed") for run in self.trend], "bad"),
+        ):
+            most, middle = max(counts), sorted(counts)[len(counts) // 2]
+            told = (
+                f"most {most:,}, usually {middle:,}; logarithmic scale"
+                if most
+                else f"none in {runs}"
+            )
+            yield self._chart(name, told, [math.log1p(count) for count in counts], tone)
+        seconds = [run.seconds for run in self.trend]
+        usual = self._time(sorted(seconds)[len(seconds) // 2])
+        told = f"longest {self._time(max(seconds))}, usually {usual}; logarithmic scale"
+        yield self._chart("Duration", told, [math.log1p(value) for value in seconds], "runs")
+        bad = [0 if run.outcome in ("complete", "partial") else 1 if run.outcome == "held" else 2
+               for run in self.trend]  # fmt: skip
+        told = f"{bad.count(2)} failed (tall bars), {bad.count(1)} held (short bars), of {runs}"
+        yield self._chart("Runs that wrote nothing or not everything", told, bad, "bad")
+
+    @staticmethod
+    def _chart(name: str, told: str, values: Sequence[float], tone: str) -> dict[str, Any]:
+        most = max(values) or 1
+        path = "".join(
+            f"M{4 * place} {BAR_HEIGHT}v-{max(BAR_HEIGHT * value / most, 1):.0f}h3V{BAR_HEIGHT}z"
+            for place, value in enumerate(values)
+            if value > 0
+        )
+        size = {"width": 4 * max(len(values), 30), "height": BAR_HEIGHT}
+        return {"name": name, "told": told, "path": path, "tone": tone, **size}
+
+    def _about(self) -> list[tuple[str, str]]:
+        summary = self.summary
+        code = "" if summary.exit_code is None else str(summary.exit_code)
+        made = ", ".join(
+            f"{name} ({plural(rows, 'row')})" for name, rows in summary.statement_files.items()
+        )
+        stale = " (too old)" if summary.stale_epoch else ""
+        return [
+            ("Started", summary.started.replace("T", " ")),
+            ("Exit code", code),
+            ("SameGoal's extract", f"{summary.source_epoch}{stale}"),
+            ("Files of <Upload>", made),
+            ("Account", f"{summary.account} on {summary.computer}"),
+            ("Arguments", command_line(summary.arguments)),
+            ("Folder", str(self.folder)),
+            ("Version", f"sgsync {summary.version}"),
+        ]
+
+
+def write_report(run: Run, earlier: Sequence[KeptRun]) -> None:
+    """Report on the run under way; keys are shown only once config.xml has said so."""
+    keys = run.settings is not None and run.settings.report_keys
+    Report(run.summary, run.folder, earlier, keys=keys).write()
+
+
+# ---------------------------------------------------------------------- metrics: write_metrics
+#
+# Given a run that is over, and the newest one of the other job; gives a file in the OpenMetrics
+# text format, for the textfile collector of node_exporter.  Raises Error where the disk fails.
+
+
+class Metrics:
+    """Lines of gauges: the one type that OpenMetrics and older readers of Prometheus share."""
+
+    HELP: Mapping[str, str] = {
+        "sgsync_run_start_timestamp_seconds": "Start of the last run, in seconds since 1970",
+        "sgsync_run_duration_seconds": "How long the last run took",
+        "sgsync_run_exit_code": "Exit code of the last run, 0 for success",
+        "sgsync_run_outcome": "1 for the outcome of the last run",
+        "sgsync_success_timestamp_seconds": "Start of the last run with exit code 0",
+        "sgsync_rows": "Rows of the last run by file, operation and what became of them",
+        "sgsync_not_converged_rows": "Rows that still differ after their call",
+        "sgsync_file_rows": "Rows of the last run's files for SchooLinks",
+        "sgsync_stage_duration_seconds": "How long the stages of the last run took",
+    }
+
+    def __init__(self, home: Path) -> None:
+        self._home = str(home)
+        self._samples: dict[str, dict[str, float]] = {name: {} for name in self.HELP}
+
+    def add(self, summary: RunSummary, success: RunSummary | None) -> None:
+        """The last run of a job, and the last one that succeeded."""
+        set_to = functools.partial(self._set, summary.command)
+        for name, value in (
+            ("run_start_timestamp", self._seconds(summary.started)),
+            ("run_duration", summary.seconds),
+        ):
+            set_to(f"sgsync_{name}_seconds", value)
+        set_to("sgsync_run_exit_code", -1 if summary.exit_code is None else summary.exit_code)
+        set_to("sgsync_run_outcome", 1, outcome=summary.outcome)
+        if success:
+            set_to("sgsync_success_timestamp_seconds", self._seconds(success.started))
+        for file in summary.files:
+            for operation in OPERATIONS:
+                for result, count in vars(file.tally(operation)).items():
+                    set_to("sgsync_rows", count, file=file.file, operation=operation, result=result)
+            set_to("sgsync_not_converged_rows", file.not_converged, file=file.file)
+        for section in summary.sections:
+            set_to("sgsync_file_rows", section["rows"], file=section["file"])
+        for stage in summary.stages:
+            set_to("sgsync_stage_duration_seconds", stage.seconds, stage=stage.name)
+
+    @staticmethod
+    def _seconds(started: str) -> float:
+        return datetime.datetime.fromisoformat(started).timestamp()
+
+    def _set(self, command: str, name: str, value: float, **labels: str) -> None:
+        escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+        labels = {"home": self._home, "command": command, **labels}
+        told = ",".join(f'{label}="{text.translate(escapes)}"' for label, text in labels.items())
+        self._samples[name][f"{name}{{{told}}}"] = value
+
+    def __str__(self) -> str:
+        lines = []
+        for name, samples in self._samples.items():
+            if samples:
+                lines += [f"# TYPE {name} gauge", f"# HELP {name} {self.HELP[name]}"]
+                lines += [f"{sample} {value:g}" if value < 1e5 else f"{sample} {value:.0f}"
+                          for sample, value in samples.items()]  # fmt: skip
+        return "\n".join([*lines, "# EOF", ""])
+
+
+def write_metrics(path: Path, home: Path, run: Run) -> None:
+    """Write the metrics of a run and of the other job's last one; everyone may read them."""
+    metrics = Metrics(home)
+    kept: list[list[KeptRun]] = []
+    for folder in (home / "history", home / "history" / "schoolinks"):
+        kept.append(runs(folder) if folder.is_dir() else [])
+    for job in kept:
+        summaries = (found.summary for found in job if found.summary)
+        ended = [told for told in summaries if told.outcome not in ("running", BusyError.outcome)]
+        ours = [told for told in ended if told.command == run.summary.command]
+        success = next((told for told in ended if told.exit_code == 0), None)
+        if ended:
+            metrics.add(run.summary if ours else ended[0], success)
+    with new_file(path) as file:
+        if hasattr(os, "fchmod"):
+            os.fchmod(file.fileno(), 0o644)  # The collector has an account of its own.
+        file.write(str(metrics).encode("utf-8"))
 
 
 # ---------------------------------------------------------------------- runs: open_run
@@ -5584,6 +6306,9 @@ def open_run(options: Options) -> Iterator[Run]:
     history = history if options.command == "sync" else history / options.command
     check_owner(history, options.arguments)
     run = Run(history, options.command, options.arguments)
+    JsonFormatter.run = run.summary.epoch
+    if options.command == "sync":
+        run.report = write_report
     with local_errors(run.folder / LOG_NAME):
         handler = logging.FileHandler(run.folder / LOG_NAME, encoding="utf-8")
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -5604,8 +6329,12 @@ def open_run(options: Options) -> Iterator[Run]:
         if not isinstance(exception, (Error, KeyboardInterrupt)):
             trace = exception
     finally:
+        if run.settings and run.settings.metrics:
+            path = options.home / run.settings.metrics
+            run.attempt(str(path), lambda: write_metrics(path, options.home, run))
         show_outcome(run, options, trace)
         log.removeHandler(handler)
+        JsonFormatter.run = ""
         with contextlib.suppress(OSError):  # of a disk that is full
             handler.close()
 
@@ -5782,6 +6511,7 @@ def run_sync(options: SyncOptions) -> int:
     with open_run(options) as run, only_run(run, "sync"):
         warn_of_killed(run)
         config = load_config(options.config, SyncConfig)
+        run.settings = config.history
         keep_secret(config.secrets)
         warn_of_readable(config.path, options.home / config.sftp.private_key, *config.secret_files)
         with Display(options.terminal, run) as display, Sftp(config.sftp, options.home) as sftp, \
@@ -6055,6 +6785,7 @@ def run_schoolinks(options: SchooLinksOptions) -> int:
     """The nightly files for SchooLinks: query, build, check all of them, then upload."""
     with open_run(options) as run, only_run(run, "schoolinks"):
         config = load_config(options.config, SchooLinksConfig)
+        run.settings = config.history
         settings = config.schoolinks
         login, server = schoolinks_credentials(settings, options.home)
         warn_of_readable(config.path, *config.secret_files)
@@ -6239,6 +6970,8 @@ def run_history(options: HistoryOptions) -> int:
         if options.job != "sync":
             raise ConfigError("--key: only runs of sync record changes of rows", "leave out --job")
         return show_events(list(KeySearch(history, options.key, options.file).events()), options)
+    if options.verify:
+        return show_verified(runs(history), options)
     homes = [options.home]
     if options.homes:
         named = itertools.chain.from_iterable(map(glob.glob, options.homes))
@@ -6369,6 +7102,24 @@ def show_run(run: KeptRun, options: HistoryOptions) -> int:
     for table in filter(None, (text_table(cells), text_table(stages))):
         print(f"\n{table}")
     return 0
+
+
+def show_verified(kept: Sequence[KeptRun], options: HistoryOptions) -> int:
+    """What was altered, the first run first; exits with 5 if anything was."""
+    records = [{"run": epoch, "what": what} for epoch, what in sorted(verify(kept))]
+    sealed = [run for run in kept if run.manifest]
+    told = f"{plural(len(sealed), 'run')} verified, nothing was altered"
+    if without := len(kept) - len(sealed):
+        told += f"; {plural(without, 'run')} without {MANIFEST_NAME}"
+    show_records(records, options, records, told)
+    if not records:
+        return 0
+    first = records[0]
+    log.error(
+        "the first run altered is %s: %s\nTry: restore that run's folder from a backup, and find "
+        "out who changed it", first["run"], first["what"],
+    )  # fmt: skip
+    return DataError.exit_code
 
 
 @dataclasses.dataclass
@@ -6568,6 +7319,59 @@ class KeySearch:
             return list(csv.DictReader(file))
 
 
+# ---------------------------------------------------------------------- command: report
+#
+# Given the folders of the runs kept; gives report.html of one of them, and its path on standard
+# output.  Raises ConfigError for a run that is not there, DataError for one without a summary.
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReportOptions(Options):
+    epoch: str = ""
+    open: bool = False
+
+
+def report_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("epoch", nargs="?", metavar="EPOCH", help="the run (default: the newest)")
+    add("--open", action="store_true", help="open the report in the web browser")
+    parser.set_defaults(run=run_report, kind=ReportOptions)
+    return parser
+
+
+REPORT_HELP = """Write report.html of a run of sync, with the trend over the runs kept, into the
+run's folder and print its path.  Changes nothing else.
+
+  sgsync.py report --open             the newest run
+  sgsync.py report 20261121-210237    that run
+"""
+
+
+def run_report(options: ReportOptions) -> int:
+    """Write a report again, now that the run is over."""
+    history = options.home / "history"
+    kept = runs(history)
+    if not kept:
+        raise ConfigError(f"{history}: there is no run to report on", "run sync first")
+    run = kept_run(history, options.epoch) if options.epoch else kept[0]
+    if run.summary is None:
+        raise DataError(f"{run.folder / SUMMARY_NAME}: is missing or cannot be read")
+    keys = False
+    try:
+        keys = load_config(options.config, Config).history.report_keys
+    except ConfigError as error:
+        log.warning("keys are left out of the report: %s", error.message)
+    path = Report(run.summary, run.folder, kept, keys=keys).write()
+    if options.json:
+        print_json({"report": str(path)})
+    else:
+        print(path)
+    if options.open and not webbrowser.open(path.as_uri()):
+        log.warning("%s: no web browser was found", path)
+    return 0
+
+
 # ---------------------------------------------------------------------- main
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
@@ -6579,6 +7383,7 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
         "What would have to be inserted, updated and deleted in B to make it A.",
     ),
     "history": (history_arguments, "the runs kept, or what happened to one student", HISTORY_HELP),
+    "report": (report_arguments, "write the report of a run, as HTML", REPORT_HELP),
 }
 
 
@@ -6592,6 +7397,8 @@ def build_parser() -> Parser:
     add("--quiet", action="count", help="print warnings, errors and the outcome only; given twice, "
         "not the outcome of a success")  # fmt: skip
     add("--json", action="store_true", help="print the run's summary on standard output")
+    add("--log-format", choices=("text", "json"),
+        help="json: messages on standard error as one JSON object a line")  # fmt: skip
     add("--version", action="version", version=f"sgsync {__version__}")
     parser = Parser(
         prog="sgsync.py",
@@ -6679,7 +7486,8 @@ def console_log(options: Options) -> Iterator[None]:
     logging.raiseExceptions = False  # A full disk must not end the run by way of its log.
     handler = ConsoleHandler()
     plain = options.command == "diff" or options.terminal
-    handler.setFormatter(LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s"))
+    text = LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s")
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else text)
     quiet = options.quiet or (options.terminal and options.command != "diff")
     handler.setLevel(logging.WARNING if quiet else level)
     log.addHandler(handler)
