@@ -5036,14 +5036,18 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Note in the summary how long the work inside takes, also if it fails."""
+        """Note in the summary how long the work inside takes, also if it fails.
+
+        What comes after the outcome, the push, is not in it: the summary is part of what is pushed.
+        """
         began = time.monotonic()
         try:
             yield
         finally:
             now = time.monotonic()
-            stage = Stage(name, round(began - self._began, 3), round(now - began, 3))
-            self.summary.stages.append(stage)
+            if self.summary.outcome == "running":
+                stage = Stage(name, round(began - self._began, 3), round(now - began, 3))
+                self.summary.stages.append(stage)
 
     def complete(self) -> None:
         """Mark the run's folder as whole."""
@@ -5688,14 +5692,200 @@ class Parser(argparse.ArgumentParser):
         self.exit(ConfigError.exit_code, f"{self.prog}: {message}\nTry: {remedy}\n")
 
 
-# ---------------------------------------------------------------------- report: write_report
+# ---------------------------------------------------------------------- history: KeySearch
 #
-# Given a run's summary, its folder, and the runs kept; gives report.html in that folder, one page
-# that loads nothing from elsewhere.  Raises Error where the disk fails, ImportError without Jinja2.
+# Given the folders of the runs kept, and a value; gives what happened to the rows that have it in a
+# key column.  Raises Error where a disk fails.
 
-REPORT_ROWS = 200  # More rows of one kind are left to the CSV file.
-RECENT_RUNS = 14
-BAR_HEIGHT = 60
+
+@dataclasses.dataclass
+class Event:
+    """One change to one row, and what became of it; `values` is column -> (before, after)."""
+
+    epoch: str
+    started: str
+    file: str
+    operation: str
+    key: str
+    values: dict[str, tuple[str, str]]
+    outcome: str  # written, failed, not written or unknown
+    reason: str = ""
+    approved_by: str = ""
+    why: str = ""
+
+    VERBS: typing.ClassVar[Mapping[str, tuple[str, str, str]]] = {  # as it is after each of these
+        INSERT: ("inserted", "did not insert", "may have inserted"),
+        UPDATE: ("updated", "did not update", "may have updated"),
+        DELETE: ("deleted", "did not delete", "may have deleted"),
+    }
+
+    def __str__(self) -> str:
+        when = {"written": 0, "unknown": 2}.get(self.outcome, 1)
+        told = []
+        for column, (before, after) in self.values.items():
+            if self.operation == UPDATE:
+                told.append(f"{column} from '{before}' to '{after}'")
+            elif before or after:
+                told.append(f"{column} '{before or after}'")
+        end = f": {self.reason}" if self.reason else ""
+        if self.approved_by:
+            end += f"; approved by {self.approved_by}" + (f" ({self.why})" if self.why else "")
+        return one_line(
+            f"{self.started[:19].replace('T', ' ')} run {self.epoch} "
+            f"{self.VERBS[self.operation][when]} {self.file} {self.key}"
+            f"{' (' * bool(told)}{', '.join(told)}{')' * bool(told)}{end}"
+        )
+
+    def records(self) -> list[dict[str, str]]:
+        """A record for each column, for CSV."""
+        own = {name: value for name, value in vars(self).items() if name != "values"}
+        return [
+            {**own, "column": column, "before": before, "after": after}
+            for column, (before, after) in (self.values or {"": ("", "")}).items()
+        ]
+
+
+class KeySearch:
+    """Finds the changes to all rows that have one value in a key column, over all runs kept.
+
+    A diff file is searched as bytes, and only records that contain the value are parsed: most
+    files do not contain it.  `--key` means the columns of `key=` as the run knew them.
+    """
+
+    def __init__(self, history: Path, value: str, file: str) -> None:
+        self._runs, self._value, self._file = runs(history), value, file
+        self._bytes = value.replace('"', '""').encode("utf-8", "surrogateescape")
+
+    def events(self) -> Iterator[Event]:
+        """Oldest first; within a run in the order of its files."""
+        keys: dict[str, list[str]] = {}  # A run of an older version does not name its keys.
+        for run in self._runs:
+            keys = {**(run.summary.keys if run.summary else {}), **keys}
+        for run in reversed(self._runs):
+            known = {**keys, **(run.summary.keys if run.summary else {})}
+            folder = run.folder / "diff"
+            for path in sorted(folder.glob("*.csv")) if folder.is_dir() else ():
+                if self._file in ("", path.name):
+                    yield from self._changes(run, path, known.get(path.name, []))
+
+    def _changes(self, run: KeptRun, path: Path, key: Sequence[str]) -> Iterator[Event]:
+        """The changes of one diff file; without `key` every column is part of it."""
+        with local_errors(path):
+            data = path.read_bytes()
+        if self._bytes not in data:
+            return
+        header = next(csv.reader(io.StringIO(data[:RECORD_BYTES].decode("utf-8", "replace"))))
+        columns = [name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2]]
+        indexes = [columns.index(name) for name in key if name in columns] or range(len(columns))
+        for record in self._records(data):
+            if record[0] not in OPERATIONS or len(record) != len(header):
+                continue
+            before, after = record[1 : 1 + len(columns)], record[1 + len(columns) :]
+            row = before if record[0] == DELETE else after
+            if self._value in [row[index] for index in indexes]:
+                shown = ", ".join(
+                    f"{one_line(columns[i])}={one_line(shortened(row[i], 100))}" for i in indexes
+                )
+                values = {
+                    column: (before[i], after[i])
+                    for i, column in enumerate(columns)
+                    if before[i] != after[i] and (record[0] == UPDATE or i not in indexes)
+                }
+                yield self._event(run, path, record, shown, values)
+
+    def _records(self, data: bytes) -> Iterator[list[str]]:
+        """The records that contain the value.
+
+        A line break ends a record if the number of quotes since the record's begin is even.
+        """
+        start = 0  # of a record
+        while (hit := data.find(self._bytes, start)) >= 0:
+            begin = data.rfind(b"\r\n", start, hit)
+            quotes = data.count(b'"', start, max(begin, start))
+            while begin >= 0 and quotes & 1:
+                earlier = data.rfind(b"\r\n", start, begin)
+                quotes -= data.count(b'"', max(earlier, start), begin)
+                begin = earlier
+            begin = start if begin < 0 else begin + 2
+            end, quotes, found = begin, 1, 0
+            while quotes & 1 and found >= 0:
+                found = data.find(b"\r\n", max(hit, end))
+                end = len(data) if found < 0 else found + 2
+                quotes = data.count(b'"', begin, end)
+            text = data[begin:end].decode("utf-8", "replace")
+            yield from csv.reader(io.StringIO(text, newline=""))
+            start = end
+
+    def _event(
+        self, run: KeptRun, path: Path, record: Sequence[str], key: str,
+        values: dict[str, tuple[str, str]],
+    ) -> Event:  # fmt: skip
+        summary, operation = run.summary, record[0]
+        event = Event(run.epoch, "", path.name, operation, key, values, "unknown")
+        if summary is None:
+            event.reason = "the run left no summary"
+            return event
+        event.started = summary.started
+        if summary.outcome == "running":
+            event.reason = "the run was killed, or is not finished"
+        elif summary.only_planned:
+            event.outcome = "not written"
+            event.reason = "the run was held" if summary.outcome == "held" else "a dry run"
+        else:
+            self._tell(event, run, path, record)
+        if summary.approval:
+            event.approved_by, event.why = summary.approval.by, summary.approval.why
+        elif summary.forced:
+            event.approved_by = f"{summary.account} with --force"
+        return event
+
+    def _tell(self, event: Event, run: KeptRun, path: Path, record: Sequence[str]) -> None:
+        """What became of a change in a run that went on to write."""
+        summary, operation = cast("RunSummary", run.summary), event.operation
+        files = [file for file in summary.files if file.file == path.name]
+        tally = files[0].tally(operation) if files else Tally()
+        refused = {
+            row["error"]
+            for row in self._rows(run.folder / FAILURES_NAME)
+            if tally.failed and (row["operation"], row["key"]) == (operation, event.key)
+        }
+        tried = tally.applied + tally.failed
+        event.outcome = "not written"
+        if tally.left_alone:
+            event.reason = f"left alone, config.xml had no <{operation.title()}> for this file"
+        elif refused:
+            event.outcome, event.reason = "failed", " / ".join(refused)
+        elif not files or (tried < tally.found and self._position(path, record) >= tried):
+            event.reason = "the run stopped before this row"
+        else:
+            event.outcome = "written"
+            if files[0].not_converged and any(
+                (row["file"], row["operation"], row["key"]) == (path.name, operation, event.key)
+                for row in self._rows(run.folder / NOT_CONVERGED_NAME)
+            ):
+                event.reason = "did not converge, the row still differs after the call"
+
+    @staticmethod
+    def _position(path: Path, record: Sequence[str]) -> int:
+        """How many changes of the same operation stand before this one: they were tried first."""
+        for position, (before, after) in enumerate(read_changes(path, record[0])):
+            if (*before, *after) == tuple(record[1:]):
+                return position
+        return 0
+
+    @staticmethod
+    def _rows(path: Path) -> list[dict[str, str]]:
+        if not path.is_file():
+            return []
+        with local_errors(path), path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------- report: REPORT
+#
+# The page as a template: it loads nothing from elsewhere, has no script, prints, and is read in
+# light and dark, on a phone, and by a screen reader; no color says what words do not say, too.
+
 REPORT = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -5922,6 +6112,16 @@ d="{{ chart.path }}"/></svg>
 </body>
 </html>
 """
+
+
+# ---------------------------------------------------------------------- report: write_report
+#
+# Given a run's summary, its folder, and the runs kept; gives report.html in that folder.  Raises
+# Error where the disk fails, ImportError without Jinja2.
+
+REPORT_ROWS = 200  # More rows of one kind are left to the CSV file.
+RECENT_RUNS = 14
+BAR_HEIGHT = 60
 
 
 class Report:
@@ -6154,7 +6354,7 @@ class Metrics:
         "sgsync_run_duration_seconds": "How long the last run took",
         "sgsync_run_exit_code": "Exit code of the last run, 0 for success",
         "sgsync_run_outcome": "1 for the outcome of the last run",
-        "sgsync_success_timestamp_seconds": "Start of the last run with exit code 0",
+        "sgsync_success_timestamp_seconds": "Start of the last run that was complete",
         "sgsync_rows": "Rows of the last run by file, operation and what became of them",
         "sgsync_not_converged_rows": "Rows that still differ after their call",
         "sgsync_file_rows": "Rows of the last run's files for SchooLinks",
@@ -6202,24 +6402,22 @@ class Metrics:
         for name, samples in self._samples.items():
             if samples:
                 lines += [f"# TYPE {name} gauge", f"# HELP {name} {self.HELP[name]}"]
-                lines += [f"{sample} {value:g}" if value < 1e5 else f"{sample} {value:.0f}"
-                          for sample, value in samples.items()]  # fmt: skip
+                lines += [f"{sample} {value:.15g}" for sample, value in samples.items()]
         return "\n".join([*lines, "# EOF", ""])
 
 
 def write_metrics(path: Path, home: Path, run: Run) -> None:
     """Write the metrics of a run and of the other job's last one; everyone may read them."""
     metrics = Metrics(home)
-    kept: list[list[KeptRun]] = []
-    for folder in (home / "history", home / "history" / "schoolinks"):
-        kept.append(runs(folder) if folder.is_dir() else [])
-    for job in kept:
-        summaries = (found.summary for found in job if found.summary)
-        ended = [told for told in summaries if told.outcome not in ("running", BusyError.outcome)]
-        ours = [told for told in ended if told.command == run.summary.command]
-        success = next((told for told in ended if told.exit_code == 0), None)
-        if ended:
-            metrics.add(run.summary if ours else ended[0], success)
+    folders = {"sync": home / "history", "schoolinks": home / "history" / "schoolinks"}
+    for command, folder in folders.items():
+        kept = (found.summary for found in runs(folder)) if folder.is_dir() else iter(())
+        over = (told for told in kept if told and told.outcome not in ("running", "busy"))
+        last = run.summary if command == run.summary.command else next(over, None)
+        if last:
+            told_so_far = itertools.chain([last], over)
+            success = (told for told in told_so_far if told.outcome == "complete")
+            metrics.add(last, next(success, None))
     with new_file(path) as file:
         if hasattr(os, "fchmod"):
             os.fchmod(file.fileno(), 0o644)  # The collector has an account of its own.
@@ -7122,53 +7320,6 @@ def show_verified(kept: Sequence[KeptRun], options: HistoryOptions) -> int:
     return DataError.exit_code
 
 
-@dataclasses.dataclass
-class Event:
-    """One change to one row, and what became of it; `values` is column -> (before, after)."""
-
-    epoch: str
-    started: str
-    file: str
-    operation: str
-    key: str
-    values: dict[str, tuple[str, str]]
-    outcome: str  # written, failed, not written or unknown
-    reason: str = ""
-    approved_by: str = ""
-    why: str = ""
-
-    VERBS: typing.ClassVar[Mapping[str, tuple[str, str, str]]] = {  # as it is after each of these
-        INSERT: ("inserted", "did not insert", "may have inserted"),
-        UPDATE: ("updated", "did not update", "may have updated"),
-        DELETE: ("deleted", "did not delete", "may have deleted"),
-    }
-
-    def __str__(self) -> str:
-        when = {"written": 0, "unknown": 2}.get(self.outcome, 1)
-        told = []
-        for column, (before, after) in self.values.items():
-            if self.operation == UPDATE:
-                told.append(f"{column} from '{before}' to '{after}'")
-            elif before or after:
-                told.append(f"{column} '{before or after}'")
-        end = f": {self.reason}" if self.reason else ""
-        if self.approved_by:
-            end += f"; approved by {self.approved_by}" + (f" ({self.why})" if self.why else "")
-        return one_line(
-            f"{self.started[:19].replace('T', ' ')} run {self.epoch} "
-            f"{self.VERBS[self.operation][when]} {self.file} {self.key}"
-            f"{' (' * bool(told)}{', '.join(told)}{')' * bool(told)}{end}"
-        )
-
-    def records(self) -> list[dict[str, str]]:
-        """A record for each column, for CSV."""
-        own = {name: value for name, value in vars(self).items() if name != "values"}
-        return [
-            {**own, "column": column, "before": before, "after": after}
-            for column, (before, after) in (self.values or {"": ("", "")}).items()
-        ]
-
-
 def show_events(events: Sequence[Event], options: HistoryOptions) -> int:
     """Print what happened to one student, oldest first."""
     if options.json:
@@ -7181,142 +7332,6 @@ def show_events(events: Sequence[Event], options: HistoryOptions) -> int:
         nothing = f"no change to a row with the key {one_line(options.key)} in {kept}"
         print("\n".join(map(str, events)) or nothing)
     return 0
-
-
-class KeySearch:
-    """Finds the changes to all rows that have one value in a key column, over all runs kept.
-
-    A diff file is searched as bytes, and only records that contain the value are parsed: most
-    files do not contain it.  `--key` means the columns of `key=` as the run knew them.
-    """
-
-    def __init__(self, history: Path, value: str, file: str) -> None:
-        self._runs, self._value, self._file = runs(history), value, file
-        self._bytes = value.replace('"', '""').encode("utf-8", "surrogateescape")
-
-    def events(self) -> Iterator[Event]:
-        """Oldest first; within a run in the order of its files."""
-        keys: dict[str, list[str]] = {}  # A run of an older version does not name its keys.
-        for run in self._runs:
-            keys = {**(run.summary.keys if run.summary else {}), **keys}
-        for run in reversed(self._runs):
-            known = {**keys, **(run.summary.keys if run.summary else {})}
-            folder = run.folder / "diff"
-            for path in sorted(folder.glob("*.csv")) if folder.is_dir() else ():
-                if self._file in ("", path.name):
-                    yield from self._changes(run, path, known.get(path.name, []))
-
-    def _changes(self, run: KeptRun, path: Path, key: Sequence[str]) -> Iterator[Event]:
-        """The changes of one diff file; without `key` every column is part of it."""
-        with local_errors(path):
-            data = path.read_bytes()
-        if self._bytes not in data:
-            return
-        header = next(csv.reader(io.StringIO(data[:RECORD_BYTES].decode("utf-8", "replace"))))
-        columns = [name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2]]
-        indexes = [columns.index(name) for name in key if name in columns] or range(len(columns))
-        for record in self._records(data):
-            if record[0] not in OPERATIONS or len(record) != len(header):
-                continue
-            before, after = record[1 : 1 + len(columns)], record[1 + len(columns) :]
-            row = before if record[0] == DELETE else after
-            if self._value in [row[index] for index in indexes]:
-                shown = ", ".join(
-                    f"{one_line(columns[i])}={one_line(shortened(row[i], 100))}" for i in indexes
-                )
-                values = {
-                    column: (before[i], after[i])
-                    for i, column in enumerate(columns)
-                    if before[i] != after[i] and (record[0] == UPDATE or i not in indexes)
-                }
-                yield self._event(run, path, record, shown, values)
-
-    def _records(self, data: bytes) -> Iterator[list[str]]:
-        """The records that contain the value.
-
-        A line break ends a record if the number of quotes since the record's begin is even.
-        """
-        start = 0  # of a record
-        while (hit := data.find(self._bytes, start)) >= 0:
-            begin = data.rfind(b"\r\n", start, hit)
-            quotes = data.count(b'"', start, max(begin, start))
-            while begin >= 0 and quotes & 1:
-                earlier = data.rfind(b"\r\n", start, begin)
-                quotes -= data.count(b'"', max(earlier, start), begin)
-                begin = earlier
-            begin = start if begin < 0 else begin + 2
-            end, quotes, found = begin, 1, 0
-            while quotes & 1 and found >= 0:
-                found = data.find(b"\r\n", max(hit, end))
-                end = len(data) if found < 0 else found + 2
-                quotes = data.count(b'"', begin, end)
-            text = data[begin:end].decode("utf-8", "replace")
-            yield from csv.reader(io.StringIO(text, newline=""))
-            start = end
-
-    def _event(
-        self, run: KeptRun, path: Path, record: Sequence[str], key: str,
-        values: dict[str, tuple[str, str]],
-    ) -> Event:  # fmt: skip
-        summary, operation = run.summary, record[0]
-        event = Event(run.epoch, "", path.name, operation, key, values, "unknown")
-        if summary is None:
-            event.reason = "the run left no summary"
-            return event
-        event.started = summary.started
-        if summary.outcome == "running":
-            event.reason = "the run was killed, or is not finished"
-        elif summary.only_planned:
-            event.outcome = "not written"
-            event.reason = "the run was held" if summary.outcome == "held" else "a dry run"
-        else:
-            self._tell(event, run, path, record)
-        if summary.approval:
-            event.approved_by, event.why = summary.approval.by, summary.approval.why
-        elif summary.forced:
-            event.approved_by = f"{summary.account} with --force"
-        return event
-
-    def _tell(self, event: Event, run: KeptRun, path: Path, record: Sequence[str]) -> None:
-        """What became of a change in a run that went on to write."""
-        summary, operation = cast("RunSummary", run.summary), event.operation
-        files = [file for file in summary.files if file.file == path.name]
-        tally = files[0].tally(operation) if files else Tally()
-        refused = {
-            row["error"]
-            for row in self._rows(run.folder / FAILURES_NAME)
-            if tally.failed and (row["operation"], row["key"]) == (operation, event.key)
-        }
-        tried = tally.applied + tally.failed
-        event.outcome = "not written"
-        if tally.left_alone:
-            event.reason = f"left alone, config.xml had no <{operation.title()}> for this file"
-        elif refused:
-            event.outcome, event.reason = "failed", " / ".join(refused)
-        elif not files or (tried < tally.found and self._position(path, record) >= tried):
-            event.reason = "the run stopped before this row"
-        else:
-            event.outcome = "written"
-            if files[0].not_converged and any(
-                (row["file"], row["operation"], row["key"]) == (path.name, operation, event.key)
-                for row in self._rows(run.folder / NOT_CONVERGED_NAME)
-            ):
-                event.reason = "did not converge, the row still differs after the call"
-
-    @staticmethod
-    def _position(path: Path, record: Sequence[str]) -> int:
-        """How many changes of the same operation stand before this one: they were tried first."""
-        for position, (before, after) in enumerate(read_changes(path, record[0])):
-            if (*before, *after) == tuple(record[1:]):
-                return position
-        return 0
-
-    @staticmethod
-    def _rows(path: Path) -> list[dict[str, str]]:
-        if not path.is_file():
-            return []
-        with local_errors(path), path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
 
 
 # ---------------------------------------------------------------------- command: report
