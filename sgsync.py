@@ -49,6 +49,7 @@ import difflib
 import errno
 import functools
 import getpass
+import glob
 import hashlib
 import importlib
 import io
@@ -70,6 +71,7 @@ import subprocess
 import threading
 import time
 import typing
+import webbrowser
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
@@ -104,6 +106,8 @@ SUMMARY_NAME = "summary.json"
 FAILURES_NAME = "failures.csv"
 NOT_CONVERGED_NAME = "notconverged.csv"
 ENVIRONMENT_NAME = "sgsync.env"
+REPORT_NAME = "report.html"
+MANIFEST_NAME = "manifest.json"
 # Newer Pythons make of 0700 a Windows ACL that locks a service account out: there, see the README.
 OWNER_ONLY = 0o777 if os.name == "nt" else 0o700
 PART = ".part"  # A file under this suffix is not finished, whatever it holds.
@@ -314,6 +318,22 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         lines = redact(super().format(record)).split("\n")
         return "\n    ".join(map(printable, lines))
+
+
+class JsonFormatter(LogFormatter):
+    """One JSON object a line, for a collector of logs; `run` is the epoch, where there is one."""
+
+    run = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).split("\n    ")
+        told = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "run": JsonFormatter.run,
+            "message": "\n".join(lines),
+        }
+        return json.dumps(told)
 
 
 def local_time(seconds: float) -> datetime.datetime:
@@ -4986,6 +5006,15 @@ class Approval:
 
 
 @dataclasses.dataclass
+class Stage:
+    """A part of a run's work: seconds after the run's start, and how many it took."""
+
+    name: str
+    began: float
+    seconds: float
+
+
+@dataclasses.dataclass
 class RunSummary:
     """What summary.json tells of a run; times are this machine's, with the zone's offset."""
 
@@ -5009,10 +5038,17 @@ class RunSummary:
     files: list[FileSummary] = dataclasses.field(default_factory=list)
     sections: list[SectionSummary] = dataclasses.field(default_factory=list)  # SchooLinks' files
     statement_files: dict[str, int] = dataclasses.field(default_factory=dict)  # -> rows
+    keys: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # file -> key columns
+    stages: list[Stage] = dataclasses.field(default_factory=list)
 
     def conclude(self, outcome: str, exit_code: int, message: str, remedy: str = "") -> None:
         self.outcome, self.exit_code = outcome, exit_code
         self.message, self.remedy = redact(message), redact(remedy)
+
+    @property
+    def only_planned(self) -> bool:
+        """True if the run showed changes and, by its nature, wrote none of them."""
+        return self.outcome in ("dry run", "held")
 
     def total(self, what: str) -> int:
         """The sum of `found`, `applied`, `failed` or `left_alone` over all files."""
@@ -5031,18 +5067,23 @@ class RunSummary:
         return ", ".join(parts + ([f"{plural(left, 'row')} left alone"] if left else []))
 
 
+type_hints = functools.cache(typing.get_type_hints)  # It takes longer than all the rest.
+
+
 def from_json(kind: Any, data: Any) -> Any:
     """A value of type `kind` from what `dataclasses.asdict` and JSON made of it.
 
     Names that a dataclass lacks are passed over: another version wrote them.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = type_hints(kind)
         known = {name: value for name, value in data.items() if name in hints}
         return kind(**{name: from_json(hints[name], value) for name, value in known.items()})
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is list:
         return [from_json(arguments[0], item) for item in data]
+    if typing.get_origin(kind) is dict:
+        return {name: from_json(arguments[1], item) for name, item in data.items()}
     if type(None) in arguments and data is not None:
         return from_json(arguments[0], data)
     return data
@@ -5062,6 +5103,25 @@ class KeptRun:
             return cast("RunSummary", from_json(RunSummary, json.loads(text)))
         except (OSError, ValueError, TypeError, AttributeError):
             return None
+
+    @functools.cached_property
+    def manifest(self) -> Manifest | None:
+        """What the folder held when the run's outcome was settled, or None if nobody can say."""
+        try:
+            text = (self.folder / MANIFEST_NAME).read_text(encoding="utf-8")
+            manifest = cast("Manifest", from_json(Manifest, json.loads(text)))
+            numbers = [manifest.sealed, *(file.size for file in manifest.files.values())]
+            before = manifest.previous.run if manifest.previous else ""
+            typed = isinstance(before, str) and all(type(number) is int for number in numbers)
+            return manifest if typed and manifest.run == self.epoch else None
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    @property
+    def settled(self) -> bool:
+        """True if the run is over: one that is being pushed says so already in its summary."""
+        outcome = self.summary.outcome if self.summary else "running"
+        return self.complete or outcome not in ("running", "complete", "partial")
 
     @property
     def complete(self) -> bool:
@@ -5112,11 +5172,143 @@ def prune(history: Path, keep: int, current: Path) -> int:
     return pruned
 
 
+# ---------------------------------------------------------------------- history: Manifest, verify
+#
+# Given the folders of runs; gives a manifest for each run, which names the manifest of the run
+# before, and later what was altered since.  Raises Error where a disk fails.
+
+
+@dataclasses.dataclass
+class Sealed:
+    """A file as it was; of the log, which grows on, its first `size` bytes."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, size: int | None = None) -> Sealed:
+        """The file as it is, or its first `size` bytes."""
+        digest, count = hashlib.sha256(), 0
+        with local_errors(path), path.open("rb") as file:
+            while block := file.read(
+                BLOCK_BYTES if size is None else min(BLOCK_BYTES, size - count)
+            ):
+                digest.update(block)
+                count += len(block)
+        return cls(count, digest.hexdigest())
+
+
+@dataclasses.dataclass
+class Link:
+    """The run sealed before, by the SHA-256 of its manifest."""
+
+    run: str
+    sha256: str
+
+
+@dataclasses.dataclass
+class Manifest:
+    """Every file of a run's folder when its outcome was settled; `sealed` is ns since 1970, UTC.
+
+    The report is not in it, for it is made of the other files and can be made again.
+    """
+
+    run: str
+    sealed: int
+    previous: Link | None
+    files: dict[str, Sealed] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def paths(folder: Path) -> dict[str, Path]:
+        """The files of a run that a manifest holds: name in the folder -> path."""
+        others = (MANIFEST_NAME, REPORT_NAME, COMPLETE)
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        return {
+            name: path
+            for name, path in found.items()
+            if name not in others and path.suffix != PART and (path.is_symlink() or path.is_file())
+        }
+
+    @classmethod
+    def write(cls, folder: Path, earlier: Sequence[KeptRun]) -> None:
+        """Seal the folder of a run; `earlier` are the other runs."""
+        last = max(
+            (run for run in earlier if run.settled and run.manifest),
+            key=lambda run: cast("Manifest", run.manifest).sealed,
+            default=None,
+        )
+        link = Link(last.epoch, Sealed.of(last.folder / MANIFEST_NAME).sha256) if last else None
+        files = {name: Sealed.of(path) for name, path in cls.paths(folder).items()}
+        manifest = cls(folder.name, time.time_ns(), link, files)
+        with new_file(folder / MANIFEST_NAME) as file:
+            text = json.dumps(dataclasses.asdict(manifest), indent=1)
+            file.write(text.encode("ascii") + b"\n")
+
+    def altered(self, folder: Path) -> Iterator[str]:
+        """What differs from the manifest, in words."""
+        there = self.paths(folder)
+        for name, sealed in self.files.items():
+            path = there.pop(name, None)
+            if path is None:
+                yield f"{one_line(name)} is missing"
+            elif path.is_symlink():
+                yield f"{one_line(name)} was replaced with a link"
+            elif Sealed.of(path, sealed.size if name == LOG_NAME else None) != sealed:
+                yield f"{one_line(name)} was altered"
+        for name in there:
+            yield f"{one_line(name)} was added"
+
+
+def verify(kept: Sequence[KeptRun]) -> Iterator[tuple[str, str]]:
+    """Epoch and description of all that was altered in the runs kept.
+
+    Pruning takes the runs with the lowest names, so one that is named by another and missing was
+    pruned if its name is lower than all that are left, and else deleted.
+    """
+    sealed = [(run.manifest.sealed, run.epoch, run.manifest, run) for run in kept if run.manifest]
+    sealed.sort(key=lambda entry: entry[:2])
+    by_epoch = {run.epoch: run for run in kept}
+    oldest = min(by_epoch, default="")
+    first = min((epoch for _, epoch, _, _ in sealed), default="")
+    told = set()
+    for run in kept:
+        outcome = run.summary.outcome if run.summary else "unknown"
+        # A run that was killed, or that another one kept from starting, has no manifest.
+        expected = run.complete or outcome not in ("running", BusyError.outcome)
+        if expected and not run.manifest and run.epoch > first > "":
+            told.add(run.epoch)
+            yield run.epoch, f"{MANIFEST_NAME} is missing or cannot be read"
+    follows = False  # True if a settled run was sealed before
+    for _, epoch, manifest, run in sealed:
+        before = manifest.previous
+        if before is None:
+            if follows:
+                yield epoch, f"{MANIFEST_NAME} does not name the run before"
+        elif before.run not in by_epoch:
+            if before.run > oldest:
+                yield before.run, f"the run was deleted; run {epoch} was made after it"
+        elif before.run not in told:
+            path = by_epoch[before.run].folder / MANIFEST_NAME
+            if not path.is_file() or Sealed.of(path).sha256 != before.sha256:
+                yield before.run, f"{MANIFEST_NAME} is not the one that run {epoch} saw"
+        for what in manifest.altered(run.folder):
+            yield epoch, what
+        follows = follows or run.settled
+
+
+# ---------------------------------------------------------------------- history: Run
+
+
 class Run:
-    """The run under way: its folder and its summary."""
+    """The run under way: its folder and its summary.
+
+    `settings` is <History>, once config.xml could be read.  `report` makes report.html.
+    """
 
     def __init__(self, history: Path, command: str, arguments: Sequence[str]) -> None:
         self.history, self.folder = history, self._new_folder(history)
+        self.settings: History | None = None
+        self.report: Callable[[Run, Sequence[KeptRun]], None] | None = None
         self._began = time.monotonic()
         self.summary = RunSummary(
             command=command,
@@ -5149,9 +5341,37 @@ class Run:
             file.write(text.encode("ascii") + b"\n")
 
     def conclude(self, outcome: str, exit_code: int, message: str, remedy: str = "") -> None:
-        """Settle the outcome."""
+        """Settle the outcome, write the report and seal the folder."""
         self.summary.conclude(outcome, exit_code, message, remedy)
         self.save()
+        report, earlier = self.report, functools.cache(self.earlier)
+        if report:
+            self.attempt(REPORT_NAME, lambda: report(self, earlier()))
+        if outcome != BusyError.outcome:  # Another run is under way, and will be the next link.
+            self.attempt(MANIFEST_NAME, lambda: Manifest.write(self.folder, earlier()))
+
+    def attempt(self, name: str, write: Callable[[], None]) -> None:
+        """Write what tells of the run; if that fails, the run's outcome stands."""
+        try:
+            write()
+        except Exception as exception:
+            log.warning("%s: could not be written: %s", name, Error.of(exception).message)
+            log.debug("", exc_info=True)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Note in the summary how long the work inside takes, also if it fails.
+
+        What comes after the outcome, the push, is not in it: the summary is part of what is pushed.
+        """
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            if self.summary.outcome == "running":
+                stage = Stage(name, round(began - self._began, 3), round(now - began, 3))
+                self.summary.stages.append(stage)
 
     def complete(self) -> None:
         """Mark the run's folder as whole."""
@@ -5172,11 +5392,11 @@ class Run:
                 done = f"{plural(applied, 'row')} written so far stay; the next run continues"
                 done += " from there"
             error = InterruptError(done)
+        if isinstance(error, HeldError):
+            with contextlib.suppress(Error), new_file(self.folder / HELD) as file:
+                file.write(redact(str(error)).encode("utf-8") + b"\n")
         with contextlib.suppress(Error):  # a full disk
             self.conclude(error.outcome, error.exit_code, error.message, error.remedy)
-            if isinstance(error, HeldError):
-                with new_file(self.folder / HELD) as file:
-                    file.write(redact(str(error)).encode("utf-8") + b"\n")
         return error
 
 
@@ -5673,12 +5893,14 @@ class Options:
     verbose: bool = False
     quiet: int = 0
     json: bool = False
+    log_format: str = "text"
     arguments: Sequence[str] = ()  # as they were typed
 
     @property
     def terminal(self) -> bool:
         """Whether a person watches."""
-        return sys.stderr.isatty() and not (self.quiet or self.verbose)
+        plain = self.log_format == "text" and not (self.quiet or self.verbose)
+        return plain and sys.stderr.isatty()
 
     def typed(self, *words: str) -> str:
         """A command for this home, as a person can type it; as whom, where that matters.
@@ -5734,14 +5956,746 @@ def agree(question: str, remedy: str) -> bool:
             return False
 
 
+# ---------------------------------------------------------------------- history: KeySearch
+#
+# Given the folders of the runs kept, and a value; gives what happened to the rows that have it in a
+# key column.  Raises Error where a disk fails.
+
+
+@dataclasses.dataclass
+class Event:
+    """One change to one row, and what became of it; `values` is column -> (before, after)."""
+
+    epoch: str
+    started: str
+    file: str
+    operation: str
+    key: str
+    values: dict[str, tuple[str, str]]
+    outcome: str  # written, failed, not written or unknown
+    reason: str = ""
+    approved_by: str = ""
+    why: str = ""
+
+    VERBS: typing.ClassVar[Mapping[str, tuple[str, str, str]]] = {  # as it is after each of these
+        INSERT: ("inserted", "did not insert", "may have inserted"),
+        UPDATE: ("updated", "did not update", "may have updated"),
+        DELETE: ("deleted", "did not delete", "may have deleted"),
+    }
+
+    def __str__(self) -> str:
+        when = {"written": 0, "unknown": 2}.get(self.outcome, 1)
+        told = []
+        for column, (before, after) in self.values.items():
+            if self.operation == UPDATE:
+                told.append(f"{column} from '{before}' to '{after}'")
+            elif before or after:
+                told.append(f"{column} '{before or after}'")
+        end = f": {self.reason}" if self.reason else ""
+        if self.approved_by:
+            end += f"; approved by {self.approved_by}" + (f" ({self.why})" if self.why else "")
+        return one_line(
+            f"{self.started[:19].replace('T', ' ')} run {self.epoch} "
+            f"{self.VERBS[self.operation][when]} {self.file} {self.key}"
+            f"{' (' * bool(told)}{', '.join(told)}{')' * bool(told)}{end}"
+        )
+
+    def records(self) -> list[dict[str, str]]:
+        """A record for each column, for CSV."""
+        own = {name: value for name, value in vars(self).items() if name != "values"}
+        return [
+            {**own, "column": column, "before": before, "after": after}
+            for column, (before, after) in (self.values or {"": ("", "")}).items()
+        ]
+
+
+class KeySearch:
+    """Finds the changes to all rows that have one value in a key column, over all runs kept.
+
+    A diff file is searched as bytes, and only records that contain the value are parsed: most
+    files do not contain it.  `--key` means the columns of `key=` as the run knew them.
+    """
+
+    def __init__(self, history: Path, value: str, file: str) -> None:
+        self._runs, self._value, self._file = runs(history), value, file
+        self._bytes = value.replace('"', '""').encode("utf-8", "surrogateescape")
+
+    def events(self) -> Iterator[Event]:
+        """Oldest first; within a run in the order of its files."""
+        keys: dict[str, list[str]] = {}  # A run of an older version does not name its keys.
+        for run in self._runs:
+            keys = {**(run.summary.keys if run.summary else {}), **keys}
+        for run in reversed(self._runs):
+            known = {**keys, **(run.summary.keys if run.summary else {})}
+            folder = run.folder / "diff"
+            for path in sorted(folder.glob("*.csv")) if folder.is_dir() else ():
+                if self._file in ("", path.name):
+                    yield from self._changes(run, path, known.get(path.name, []))
+
+    def _changes(self, run: KeptRun, path: Path, key: Sequence[str]) -> Iterator[Event]:
+        """The changes of one diff file; without `key` every column is part of it."""
+        with local_errors(path):
+            data = path.read_bytes()
+        if self._bytes not in data:
+            return
+        header = next(csv.reader(io.StringIO(data[:RECORD_BYTES].decode("utf-8", "replace"))))
+        columns = [name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2]]
+        indexes = [columns.index(name) for name in key if name in columns] or range(len(columns))
+        for record in self._records(data):
+            if record[0] not in OPERATIONS or len(record) != len(header):
+                continue
+            before, after = record[1 : 1 + len(columns)], record[1 + len(columns) :]
+            row = before if record[0] == DELETE else after
+            if self._value in [row[index] for index in indexes]:
+                shown = ", ".join(
+                    f"{one_line(columns[i])}={one_line(shortened(row[i], 100))}" for i in indexes
+                )
+                values = {
+                    column: (before[i], after[i])
+                    for i, column in enumerate(columns)
+                    if before[i] != after[i] and (record[0] == UPDATE or i not in indexes)
+                }
+                yield self._event(run, path, record, shown, values)
+
+    def _records(self, data: bytes) -> Iterator[list[str]]:
+        """The records that contain the value.
+
+        A line break ends a record if the number of quotes since the record's begin is even.
+        """
+        start = 0  # of a record
+        while (hit := data.find(self._bytes, start)) >= 0:
+            begin = data.rfind(b"\r\n", start, hit)
+            quotes = data.count(b'"', start, max(begin, start))
+            while begin >= 0 and quotes & 1:
+                earlier = data.rfind(b"\r\n", start, begin)
+                quotes -= data.count(b'"', max(earlier, start), begin)
+                begin = earlier
+            begin = start if begin < 0 else begin + 2
+            end, quotes, found = begin, 1, 0
+            while quotes & 1 and found >= 0:
+                found = data.find(b"\r\n", max(hit, end))
+                end = len(data) if found < 0 else found + 2
+                quotes = data.count(b'"', begin, end)
+            text = data[begin:end].decode("utf-8", "replace")
+            yield from csv.reader(io.StringIO(text, newline=""))
+            start = end
+
+    def _event(
+        self, run: KeptRun, path: Path, record: Sequence[str], key: str,
+        values: dict[str, tuple[str, str]],
+    ) -> Event:  # fmt: skip
+        summary, operation = run.summary, record[0]
+        event = Event(run.epoch, "", path.name, operation, key, values, "unknown")
+        if summary is None:
+            event.reason = "the run left no summary"
+            return event
+        event.started = summary.started
+        if summary.outcome == "running":
+            event.reason = "the run was killed, or is not finished"
+        elif summary.only_planned:
+            event.outcome = "not written"
+            event.reason = "the run was held" if summary.outcome == "held" else "a dry run"
+        else:
+            self._tell(event, run, path, record)
+        if summary.approval:
+            event.approved_by, event.why = summary.approval.by, summary.approval.why
+        elif summary.forced:
+            event.approved_by = f"{summary.account} with --force"
+        return event
+
+    def _tell(self, event: Event, run: KeptRun, path: Path, record: Sequence[str]) -> None:
+        """What became of a change in a run that went on to write."""
+        summary, operation = cast("RunSummary", run.summary), event.operation
+        files = [file for file in summary.files if file.file == path.name]
+        tally = files[0].tally(operation) if files else Tally()
+        refused = {
+            row["error"]
+            for row in self._rows(run.folder / FAILURES_NAME)
+            if tally.failed and (row["operation"], row["key"]) == (operation, event.key)
+        }
+        tried = tally.applied + tally.failed
+        event.outcome = "not written"
+        if tally.left_alone:
+            event.reason = f"left alone, config.xml had no <{operation.title()}> for this file"
+        elif refused:
+            event.outcome, event.reason = "failed", " / ".join(refused)
+        elif not files or (tried < tally.found and self._position(path, record) >= tried):
+            event.reason = "the run stopped before this row"
+        else:
+            event.outcome = "written"
+            if files[0].not_converged and any(
+                (row["file"], row["operation"], row["key"]) == (path.name, operation, event.key)
+                for row in self._rows(run.folder / NOT_CONVERGED_NAME)
+            ):
+                event.reason = "did not converge, the row still differs after the call"
+
+    @staticmethod
+    def _position(path: Path, record: Sequence[str]) -> int:
+        """How many changes of the same operation stand before this one: they were tried first."""
+        for position, (before, after) in enumerate(read_changes(path, record[0])):
+            if (*before, *after) == tuple(record[1:]):
+                return position
+        return 0
+
+    @staticmethod
+    def _rows(path: Path) -> list[dict[str, str]]:
+        if not path.is_file():
+            return []
+        with local_errors(path), path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------- report: REPORT
+#
+# The page as a template: it loads nothing from elsewhere, has no script, prints, and is read in
+# light and dark, on a phone, and by a screen reader; no color says what words do not say, too.
+
+REPORT = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>sgsync {{ s.epoch }}: {{ word }}</title>
+<style>
+:root { --page: #f4f6f9; --card: #fff; --text: #1b2130; --soft: #555f70; --line: #d9dee6;
+  --code: #eef1f6; --bar: #2f66b8; --good: #17683a; --warn: #875200; --bad: #b02318; }
+@media (prefers-color-scheme: dark) { :root { --page: #101319; --card: #191e27; --text: #e7eaf0;
+  --soft: #a4adbc; --line: #343c4a; --code: #242b37; --bar: #79aaf7; --good: #6fd08c;
+  --warn: #f0b35a; --bad: #ff8d83; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 2rem; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  padding: 1rem 1.25rem; margin: 0 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
+p { margin: .5rem 0; }
+.top { border-left: .4rem solid var(--tone); }
+.top h1 { color: var(--tone); }
+.top h1 small { color: var(--soft); font-size: 1rem; font-weight: 400; white-space: nowrap; }
+.good { --tone: var(--good); } .warn { --tone: var(--warn); } .bad { --tone: var(--bad); }
+.soft, dt, figcaption { color: var(--soft); }
+pre { background: var(--code); border-radius: .4rem; padding: .6rem .75rem; margin: .5rem 0;
+  white-space: pre-wrap; font: .875rem/1.45 ui-monospace, Consolas, Menlo, monospace; }
+ul { margin: .5rem 0; padding-left: 1.25rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; }
+dd { margin: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
+  overflow-wrap: break-word; }
+.words td, th.file { overflow-wrap: anywhere; }
+caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: top; }
+th { font-weight: 600; }
+thead th { color: var(--soft); font-size: .875rem; vertical-align: bottom; }
+th:first-child, .words th, .words td, th.file { text-align: left; }
+th.file { padding-top: .9rem; } th.file span { font-weight: 400; color: var(--soft); }
+tbody th { font-weight: 400; } tbody th.file, [aria-current] > * { font-weight: 600; }
+tbody tr:last-child > * { border-bottom: 0; }
+.zero { color: var(--soft); }
+.note { color: var(--bad); font-weight: 600; }
+.stages, .counts { table-layout: fixed; } .stages th:first-child { width: 8rem; }
+.words th:first-child { width: 40%; }
+.stages th:nth-child(3) { width: 6rem; }
+.stages td:nth-child(2) { vertical-align: middle; } .stages th:nth-child(2) { text-align: left; }
+.track { background: var(--code); border-radius: .25rem; height: .8rem; }
+.track div { background: var(--bar); border-radius: .25rem; height: 100%; min-width: 2px; }
+figure { margin: 0 0 .9rem; } figcaption b { color: var(--text); font-weight: 600; }
+svg { display: block; width: 100%; height: 4rem; border-bottom: 1px solid var(--line); }
+svg .runs { fill: var(--bar); } svg .bad { fill: var(--bad); }
+.span { display: flex; justify-content: space-between; font-size: .875rem; color: var(--soft); }
+@media (max-width: 40rem) { main { padding: .75rem .5rem 1rem; } section { padding: .75rem; }
+  table { font-size: .875rem; } th, td { padding: .3rem .25rem; } thead th { font-size: .75rem; }
+  .counts th:first-child { width: 24%; } dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .4rem; } .stages th:first-child { width: 6rem; } }
+@media print { :root { color-scheme: light; --page: #fff; --card: #fff; --text: #000;
+  --soft: #444; --line: #bbb; --code: #f2f2f2; --bar: #2f66b8; --good: #17683a; --warn: #875200;
+  --bad: #b02318; } body { font-size: 11pt; } main { max-width: none; padding: 0; }
+  section { border: 0; padding: 0; } .top { padding-left: .75rem; border-left: .3rem solid; }
+  tr, figure, pre { break-inside: avoid; } h2 { break-after: avoid; }
+  .track div { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+</style>
+</head>
+<body>
+<main>
+
+<section class="top {{ tone }}" aria-labelledby="outcome">
+<h1 id="outcome"><span aria-hidden="true">{{ mark }}</span> {{ word }}
+<small>run {{ s.epoch }}</small></h1>
+{%- for line in message %}
+<p>{{ line }}</p>
+{%- endfor %}
+{%- if remedy %}
+<p><b>What to do:</b> {{ remedy[0] }}</p>
+{%- for line in remedy[1:] %}
+<pre>{{ line }}</pre>
+{%- endfor %}
+{%- endif %}
+</section>
+
+{%- if over_limits %}
+
+<section aria-labelledby="limits">
+<h2 id="limits">Beyond the limits</h2>
+<ul>
+{%- for sentence in over_limits %}
+<li>{{ sentence }}</li>
+{%- endfor %}
+</ul>
+{%- if allowed %}
+<p>{{ allowed }}</p>
+{%- endif %}
+</section>
+{%- endif %}
+
+{%- if s.files %}
+
+<section aria-labelledby="changes">
+<h2 id="changes">Changes</h2>
+<table class="counts">
+<caption>Rows by file and operation{{ "; this run wrote nothing" if s.only_planned }}</caption>
+<thead><tr><th scope="col">Operation</th><th scope="col">Found</th><th scope="col">Applied</th>
+<th scope="col">Failed</th><th scope="col">Left alone</th></tr></thead>
+{%- for file in s.files %}
+<tbody>
+<tr><th class="file" scope="rowgroup" colspan="5">{{ file.file }}
+<span>{{ file.source_rows|number }} rows from SameGoal,
+{{ file.target_rows|number }} in the database, {{ file.seconds|time }}
+{%- if file.not_converged %}; <span class="note">{{ file.not_converged|number }} did not
+converge</span>{% endif %}</span></th></tr>
+{%- for operation in operations %}
+{%- set tally = file.tally(operation) %}
+<tr><th scope="row">{{ operation }}</th>
+{%- for count in (tally.found, tally.applied, tally.failed, tally.left_alone) %}
+<td class="{{ 'zero' if not count else 'note' if loop.index0 == 2 }}">{{ count|number }}</td>
+{%- endfor %}</tr>
+{%- endfor %}
+</tbody>
+{%- endfor %}
+</table>
+</section>
+{%- endif %}
+
+{%- for title, told, table, more, file in lists if table %}
+
+<section aria-labelledby="{{ file }}">
+<h2 id="{{ file }}">{{ title }}</h2>
+<table class="words">
+<caption>{{ told }}</caption>
+<thead><tr>{% for name in table[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row in table %}
+<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</tbody>
+</table>
+{%- if more %}
+<p>And {{ more|number }} more, see {{ file }} in this run's folder.</p>
+{%- endif %}
+</section>
+{%- endfor %}
+
+{%- if differences %}
+
+<section aria-labelledby="formats">
+<h2 id="formats">Differences of format</h2>
+<p class="soft">These updates change how a value is written, not the value, and come back every
+night until the setting at the end of the sentence is made.</p>
+<ul>
+{%- for sentence in differences %}
+<li>{{ sentence }}</li>
+{%- endfor %}
+</ul>
+</section>
+{%- endif %}
+
+{%- if stages %}
+
+<section aria-labelledby="stages">
+<h2 id="stages">Time</h2>
+<table class="stages">
+<caption>When each stage ran, within {{ s.seconds|time }}</caption>
+<thead><tr><th scope="col">Stage</th><th scope="col">From start to end</th>
+<th scope="col">Duration</th></tr></thead>
+<tbody>
+{%- for stage in stages %}
+<tr><th scope="row">{{ stage.name }}</th><td><div class="track"><div style="margin-left:
+{{- stage.left }}%;width:{{ stage.width }}%"></div></div></td><td>{{ stage.seconds|time }}</td></tr>
+{%- endfor %}
+</tbody>
+</table>
+</section>
+{%- endif %}
+
+{%- if charts %}
+
+<section aria-labelledby="trend">
+<h2 id="trend">Trend</h2>
+{%- for chart in charts %}
+<figure>
+<figcaption><b>{{ chart.name }}</b> {{ chart.told }}</figcaption>
+<svg viewBox="0 0 {{ chart.width }} {{ chart.height }}" preserveAspectRatio="none" role="img"
+aria-label="{{ chart.name }}: {{ chart.told }}"><path class="{{ chart.tone }}"
+d="{{ chart.path }}"/></svg>
+</figure>
+{%- endfor %}
+<div class="span"><span>{{ trend_from }}</span><span>{{ trend_to }}</span></div>
+</section>
+
+<section aria-labelledby="recent">
+<h2 id="recent">Latest runs</h2>
+<table>
+<thead><tr><th scope="col">Run</th><th scope="col">Outcome</th><th scope="col">Written</th>
+<th scope="col">Failed</th><th scope="col">Time</th></tr></thead>
+<tbody>
+{%- for run in recent %}
+<tr{% if run.epoch == s.epoch %} aria-current="true"{% endif %}>
+<th scope="row">{{ run.epoch }}</th><td>{{ run.outcome }}</td>
+<td>{{ run.total("applied")|number }}</td><td>{{ run.total("failed")|number }}</td>
+<td>{{ run.seconds|time }}</td></tr>
+{%- endfor %}
+</tbody>
+</table>
+</section>
+{%- endif %}
+
+<section aria-labelledby="about">
+<h2 id="about">About this run</h2>
+<dl>
+{%- for name, value in about if value %}
+<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{%- endfor %}
+</dl>
+</section>
+
+</main>
+</body>
+</html>
+"""
+
+
+# ---------------------------------------------------------------------- report: write_report
+#
+# Given a run's summary, its folder, and the runs kept; gives report.html in that folder.  Raises
+# Error where the disk fails, ImportError without Jinja2.
+
+REPORT_ROWS = 200  # More rows of one kind are left to the CSV file.
+RECENT_RUNS = 14
+BAR_HEIGHT = 60
+
+
+class Report:
+    """The page that tells of one run; where keys are not shown, no part of a key is."""
+
+    OUTCOMES: Mapping[str, tuple[str, str, str]] = {  # outcome -> mark, tone, word
+        "complete": ("\u2713", "good", "Complete"),
+        "partial": ("!", "warn", "Finished, but not for every row"),
+        "dry run": ("\u2713", "good", "Dry run"),
+        "held": ("!", "warn", "Held, nothing was written"),
+        "busy": ("!", "warn", "Not started, another run was active"),
+        "interrupted": ("\u2715", "bad", "Interrupted"),
+        "running": ("!", "warn", "Not finished"),
+    }
+
+    def __init__(
+        self, summary: RunSummary, folder: Path, kept: Sequence[KeptRun], *, keys: bool
+    ) -> None:
+        self.summary, self.folder, self.keys = summary, folder, keys
+        trend = [run.summary for run in reversed(kept) if run.summary and run.folder != folder]
+        trend = [*trend, summary]
+        trend.sort(key=lambda told: told.epoch)
+        self.trend = [told for told in trend if told.outcome not in ("dry run", "busy", "running")]
+
+    def write(self) -> Path:
+        """Write report.html; returns its path."""
+        path = self.folder / REPORT_NAME
+        with new_file(path) as file:
+            file.write(self.html().encode("utf-8"))
+        return path
+
+    def html(self) -> str:
+        import jinja2
+
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, finalize=self._shown
+        )
+        environment.filters |= {"number": "{:,}".format, "time": self._time}
+        summary = self.summary
+        mark, tone, word = self.OUTCOMES.get(summary.outcome, ("\u2715", "bad", "Failed"))
+        if summary.outcome == "dry run" and summary.exit_code:
+            mark, tone, word = "!", "warn", "Dry run; a real run would be held"
+        recent = self.trend[-1 : -RECENT_RUNS - 1 : -1]
+        return environment.from_string(REPORT).render(
+            s=summary, mark=mark, tone=tone, word=word, operations=(INSERT, UPDATE, DELETE),
+            message=self._without_keys(summary.message).split("\n"),
+            remedy=self._remedy(),
+            over_limits=[self._without_keys(sentence) for sentence in summary.over_limits
+                         if sentence not in summary.message],
+            allowed=self._allowed(), lists=[self._failures(), self._not_converged()],
+            differences=[difference for file in summary.files
+                         for difference in map(self._without_keys, file.format_differences)],
+            stages=list(self._stages()), about=self._about(), recent=recent,
+            charts=list(self._charts()) if len(self.trend) > 1 else [],
+            trend_from=self.trend[0].epoch if self.trend else "",
+            trend_to=self.trend[-1].epoch if self.trend else "",
+        )  # fmt: skip
+
+    def _remedy(self) -> list[str]:
+        """What to do, and the commands for it."""
+        summary = self.summary
+        if summary.remedy:
+            return summary.remedy.split("\n")
+        advice = []
+        if summary.total("failed"):
+            advice.append(
+                "Correct what the errors below say, in SameGoal or in the database; the next run "
+                "tries these rows again."
+            )
+        if any(file.not_converged for file in summary.files):
+            advice.append(
+                "A procedure does not write what the query reads: correct one of the two."
+            )
+        return [" ".join(advice)] if advice else []
+
+    @staticmethod
+    def _shown(value: object) -> object:
+        """Text in printable characters and without secrets; what is HTML already stays."""
+        return redact(printable(value)) if type(value) is str else value
+
+    @staticmethod
+    def _time(seconds: float) -> str:
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        if seconds < 60:
+            return f"{seconds:.1f} s"
+        return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+    def _without_keys(self, text: str) -> str:
+        """The text up to the first key in it, unless keys are to be shown.
+
+        What a key holds cannot be told from what follows it, except for the advice at the end of
+        a difference of format.
+        """
+        names = {one_line(name) for names in self.summary.keys.values() for name in names}
+        any_column = r"[^\s=,;]+" if not all(self.summary.keys.values()) else ""
+        pattern = "|".join(filter(None, [*map(re.escape, sorted(names)), any_column]))
+        found = re.search(rf"(?<!\w)(?:{pattern})=", text) if pattern else None
+        if self.keys or not found:
+            return text
+        advice = re.search(r"; ([\w ]+=\"[^\"]*\" .*)$", text)
+        return f"{text[: found.start()]}(keys are left out){f'; {advice[1]}' if advice else ''}"
+
+    def _allowed(self) -> str:
+        """Why changes beyond the limits were written all the same."""
+        approval = self.summary.approval
+        if approval:
+            why = f": {approval.why}" if approval.why else ""
+            rows = plural(approval.rows, "row")
+            return (
+                f"Run {approval.run} was approved by {approval.by}, {rows} beyond the limits{why}."
+            )
+        return "The limits were skipped (--force)." if self.summary.forced else ""
+
+    def _rows(self, name: str) -> list[dict[str, str]]:
+        path = self.folder / name
+        if not path.is_file():
+            return []
+        with local_errors(path), path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _failures(self) -> tuple[str, str, list[dict[str, str]], int, str]:
+        """Title, caption, rows (heading -> text), how many more, and the file that has all."""
+        found = self._rows(FAILURES_NAME)
+        rows = []
+        for row in found[:REPORT_ROWS]:
+            error = f"{row['procedure']}: {row['error']}"
+            if self.keys:
+                rows.append({"Row": f"{row['operation']} {row['key']}", "Procedure: error": error})
+                continue
+            for part in sorted(set(re.split(r"[=,\s]+", row["key"])), key=len, reverse=True):
+                if part:
+                    error = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "...", error)
+            rows.append({"Row": row["operation"], "Procedure: error": error})
+        told = f"The database refused {plural(len(found), 'row')}; the next run tries again."
+        return "Rows that failed", told, rows, max(len(found) - REPORT_ROWS, 0), FAILURES_NAME
+
+    def _not_converged(self) -> tuple[str, str, list[dict[str, str]], int, str]:
+        found = self._rows(NOT_CONVERGED_NAME)
+        rows = [
+            {
+                "Row": f"{row['operation']} {row['key'] if self.keys else ''}",
+                "Procedure": f"{row['procedure']}, {row['file']}",
+                "Runs in a row": row["runs"],
+            }
+            for row in found[:REPORT_ROWS]
+        ]
+        told = "The call succeeded, but the row still differs: the procedure had no effect."
+        more = max(len(found) - REPORT_ROWS, 0)
+        return "Rows that did not converge", told, rows, more, NOT_CONVERGED_NAME
+
+    def _stages(self) -> Iterator[dict[str, Any]]:
+        """The stages as bars: where they begin and how long they are, in percent of the run."""
+        whole = max(self.summary.seconds, 0.001)
+        for stage in sorted(self.summary.stages, key=lambda stage: stage.began):
+            left = min(100 * stage.began / whole, 100)
+            width = min(100 * stage.seconds / whole, 100 - left)
+            yield vars(stage) | {"left": f"{left:.2f}", "width": f"{width:.2f}"}
+
+    def _charts(self) -> Iterator[dict[str, Any]]:
+        """A bar for each run, oldest first."""
+        runs = plural(len(self.trend), "run")
+        for name, counts, tone in (
+            ("Rows written", [run.total("applied") for run in self.trend], "runs"),
+            ("Rows failed", [run.total("failed") for run in self.trend], "bad"),
+        ):
+            most, middle = max(counts), sorted(counts)[len(counts) // 2]
+            told = (
+                f"most {most:,}, usually {middle:,}; logarithmic scale"
+                if most
+                else f"none in {runs}"
+            )
+            yield self._chart(name, told, [math.log1p(count) for count in counts], tone)
+        seconds = [run.seconds for run in self.trend]
+        usual = self._time(sorted(seconds)[len(seconds) // 2])
+        told = f"longest {self._time(max(seconds))}, usually {usual}; logarithmic scale"
+        yield self._chart("Duration", told, [math.log1p(value) for value in seconds], "runs")
+        bad = [0 if run.outcome in ("complete", "partial") else 1 if run.outcome == "held" else 2
+               for run in self.trend]  # fmt: skip
+        told = f"{bad.count(2)} failed (tall bars), {bad.count(1)} held (short bars), of {runs}"
+        yield self._chart("Runs that wrote nothing or not everything", told, bad, "bad")
+
+    @staticmethod
+    def _chart(name: str, told: str, values: Sequence[float], tone: str) -> dict[str, Any]:
+        most = max(values) or 1
+        path = "".join(
+            f"M{4 * place} {BAR_HEIGHT}v-{max(BAR_HEIGHT * value / most, 1):.0f}h3V{BAR_HEIGHT}z"
+            for place, value in enumerate(values)
+            if value > 0
+        )
+        size = {"width": 4 * max(len(values), 30), "height": BAR_HEIGHT}
+        return {"name": name, "told": told, "path": path, "tone": tone, **size}
+
+    def _about(self) -> list[tuple[str, str]]:
+        summary = self.summary
+        code = "" if summary.exit_code is None else str(summary.exit_code)
+        made = ", ".join(
+            f"{name} ({plural(rows, 'row')})" for name, rows in summary.statement_files.items()
+        )
+        stale = " (too old)" if summary.stale_epoch else ""
+        return [
+            ("Started", summary.started.replace("T", " ")),
+            ("Exit code", code),
+            ("SameGoal's extract", f"{summary.source_epoch}{stale}"),
+            ("Files of <Upload>", made),
+            ("Account", f"{summary.account} on {summary.computer}"),
+            ("Arguments", command_line(summary.arguments)),
+            ("Folder", str(self.folder)),
+            ("Version", f"sgsync {summary.version}"),
+        ]
+
+
+def write_report(run: Run, earlier: Sequence[KeptRun]) -> None:
+    """Report on the run under way; keys are shown only once config.xml has said so."""
+    keys = run.settings is not None and run.settings.report_keys
+    Report(run.summary, run.folder, earlier, keys=keys).write()
+
+
+# ---------------------------------------------------------------------- metrics: write_metrics
+#
+# Given a run that is over, and the newest one of the other job; gives a file in the OpenMetrics
+# text format, for the textfile collector of node_exporter.  Raises Error where the disk fails.
+
+
+class Metrics:
+    """Lines of gauges: the one type that OpenMetrics and older readers of Prometheus share."""
+
+    HELP: Mapping[str, str] = {
+        "sgsync_run_start_timestamp_seconds": "Start of the last run, in seconds since 1970",
+        "sgsync_run_duration_seconds": "How long the last run took",
+        "sgsync_run_exit_code": "Exit code of the last run, 0 for success",
+        "sgsync_run_outcome": "1 for the outcome of the last run",
+        "sgsync_success_timestamp_seconds": "Start of the last run that was complete",
+        "sgsync_rows": "Rows of the last run by file, operation and what became of them",
+        "sgsync_not_converged_rows": "Rows that still differ after their call",
+        "sgsync_file_rows": "Rows of the last run's files for SchooLinks",
+        "sgsync_stage_duration_seconds": "How long the stages of the last run took",
+    }
+
+    def __init__(self, home: Path) -> None:
+        self._home = str(home)
+        self._samples: dict[str, dict[str, float]] = {name: {} for name in self.HELP}
+
+    def add(self, summary: RunSummary, success: RunSummary | None) -> None:
+        """The last run of a job, and the last one that succeeded."""
+        set_to = functools.partial(self._set, summary.command)
+        for name, value in (
+            ("run_start_timestamp", self._seconds(summary.started)),
+            ("run_duration", summary.seconds),
+        ):
+            set_to(f"sgsync_{name}_seconds", value)
+        set_to("sgsync_run_exit_code", -1 if summary.exit_code is None else summary.exit_code)
+        set_to("sgsync_run_outcome", 1, outcome=summary.outcome)
+        if success:
+            set_to("sgsync_success_timestamp_seconds", self._seconds(success.started))
+        for file in summary.files:
+            for operation in OPERATIONS:
+                for result, count in vars(file.tally(operation)).items():
+                    set_to("sgsync_rows", count, file=file.file, operation=operation, result=result)
+            set_to("sgsync_not_converged_rows", file.not_converged, file=file.file)
+        for section in summary.sections:
+            set_to("sgsync_file_rows", section.rows, file=section.file)
+        for stage in summary.stages:
+            set_to("sgsync_stage_duration_seconds", stage.seconds, stage=stage.name)
+
+    @staticmethod
+    def _seconds(started: str) -> float:
+        return datetime.datetime.fromisoformat(started).timestamp()
+
+    def _set(self, command: str, name: str, value: float, **labels: str) -> None:
+        escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+        labels = {"home": self._home, "command": command, **labels}
+        told = ",".join(f'{label}="{text.translate(escapes)}"' for label, text in labels.items())
+        self._samples[name][f"{name}{{{told}}}"] = value
+
+    def __str__(self) -> str:
+        lines = []
+        for name, samples in self._samples.items():
+            if samples:
+                lines += [f"# TYPE {name} gauge", f"# HELP {name} {self.HELP[name]}"]
+                lines += [f"{sample} {value:.15g}" for sample, value in samples.items()]
+        return "\n".join([*lines, "# EOF", ""])
+
+
+def write_metrics(path: Path, home: Path, run: Run) -> None:
+    """Write the metrics of a run and of the other job's last one; everyone may read them."""
+    metrics = Metrics(home)
+    folders = {"sync": home / "history", "schoolinks": home / "history" / "schoolinks"}
+    for command, folder in folders.items():
+        kept = (found.summary for found in runs(folder)) if folder.is_dir() else iter(())
+        over = (told for told in kept if told and told.outcome not in ("running", "busy"))
+        last = run.summary if command == run.summary.command else next(over, None)
+        if last:
+            told_so_far = itertools.chain([last], over)
+            success = (told for told in told_so_far if told.outcome == "complete")
+            metrics.add(last, next(success, None))
+    with new_file(path) as file:
+        if hasattr(os, "fchmod"):
+            os.fchmod(file.fileno(), 0o644)  # The collector has an account of its own.
+        file.write(str(metrics).encode("utf-8"))
+
+
 # ---------------------------------------------------------------------- runs: open_run
 
 
 class Display:
     """One line a phase on a terminal; nothing elsewhere: there the log lines tell."""
 
-    def __init__(self, terminal: bool) -> None:
-        self._terminal = terminal
+    def __init__(self, terminal: bool, run: Run) -> None:
+        self._terminal, self._run = terminal, run
         self._progress: rich.progress.Progress | None = None
 
     def __enter__(self) -> Display:
@@ -5768,7 +6722,8 @@ class Display:
         """One phase of a run, over as many files."""
         progress = self._progress
         phase = Phase(progress, progress.add_task(title, total=files, detail="") if progress else 0)
-        yield phase
+        with self._run.stage(title):
+            yield phase
         phase.end(files)
 
 
@@ -5813,6 +6768,9 @@ def open_run(options: Options) -> Iterator[Run]:
     history = history if options.command == "sync" else history / options.command
     check_owner(history, options.arguments)
     run = Run(history, options.command, options.arguments)
+    JsonFormatter.run = run.summary.epoch
+    if options.command == "sync":
+        run.report = write_report
     with local_errors(run.folder / LOG_NAME):
         handler = logging.FileHandler(run.folder / LOG_NAME, encoding="utf-8")
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -5833,8 +6791,12 @@ def open_run(options: Options) -> Iterator[Run]:
         if not isinstance(exception, (Error, KeyboardInterrupt)):
             trace = exception
     finally:
+        if run.settings and run.settings.metrics:
+            path = options.home / run.settings.metrics
+            run.attempt(str(path), lambda: write_metrics(path, options.home, run))
         show_outcome(run, options, trace)
         log.removeHandler(handler)
+        JsonFormatter.run = ""
         with contextlib.suppress(OSError):  # of a disk that is full
             handler.close()
 
@@ -5893,9 +6855,7 @@ def print_outcome(run: Run) -> None:
     from rich.text import Text
 
     console, summary = Console(stderr=True, highlight=False), run.summary
-    rows = [
-        file_cells(file, planned=summary.outcome in ("dry run", "held")) for file in summary.files
-    ]
+    rows = [file_cells(file, planned=summary.only_planned) for file in summary.files]
     rows += [section_cells(section) for section in summary.sections]
     if rows:
         table = Table(*rows[0])
@@ -6014,11 +6974,12 @@ def run_sync(options: SyncOptions) -> int:
     with open_run(options) as run, only_run(run, "sync"):
         warn_of_killed(run)
         config = load_config(options.config, SyncConfig)
+        run.settings = config.history
         keep_secret(config.secrets)
         warn_of_readable(config, options.home / config.sftp.private_key)
         if not (options.dry_run or options.force) and paused(run, config):
             return 0
-        with Display(options.terminal) as display, Sftp(config.sftp, options.home) as sftp, \
+        with Display(options.terminal, run) as display, Sftp(config.sftp, options.home) as sftp, \
                 Database(config.database) as database:  # fmt: skip
             Sync(options, run, config, display).work(sftp, database)
     return cast("int", run.summary.exit_code)
@@ -6059,6 +7020,9 @@ class Sync:
         self.approved: KeptRun | None = None
         if options.approve:
             self.approved = held_run(run.history, options.approve)
+        for sql_diff in config.sql_diffs:
+            names = [name.removesuffix(":int") for name in sql_diff.key or ()]
+            self.summary.keys[sql_diff.file] = names
 
     def work(self, sftp: Sftp, database: Database) -> None:
         extract = self.fetch_both_sides(sftp, database)
@@ -6072,6 +7036,7 @@ class Sync:
             return
         if reasons and not self.options.force:
             raise self.held(reasons)
+        self.run.save()  # So that a run that is killed leaves what it was about to write.
         failures = self.apply_changes(database, comparisons)
         if self.config.database.verify:
             self.verify(database, failures)
@@ -6395,6 +7360,7 @@ def run_schoolinks(options: SchooLinksOptions) -> int:
         config = load_config(options.config, SchooLinksConfig)
         if not (options.dry_run or options.force) and paused(run, config):
             return 0
+        run.settings = config.history
         settings, today = config.schoolinks, datetime.date.today()
         login, server = schoolinks_credentials(settings, options.home, upload=not options.dry_run)
         warn_of_readable(config)
@@ -6408,7 +7374,7 @@ def run_schoolinks(options: SchooLinksOptions) -> int:
                     threading.Thread(target=importlib.import_module, args=["paramiko"]).start()
                 return StudentFiles(settings, today).build(powerschool)
 
-        with Display(options.terminal) as display:
+        with Display(options.terminal, run) as display:
             with display.phase("PowerSchool"):
                 sections = retried(query)
             for section in sections:
@@ -6736,6 +7702,290 @@ class Trust:
             )
 
 
+# ---------------------------------------------------------------------- command: history
+#
+# Given the folders of the runs that are kept; gives a table of them, one of them, what happened to
+# one student, or whether any of them was altered, on standard output; changes nothing.  Raises
+# ConfigError for a run that is not there.
+
+
+@dataclasses.dataclass(kw_only=True)
+class HistoryOptions(Options):
+    epoch: str = ""
+    key: str | None = None
+    file: str = ""
+    job: str = "sync"
+    homes: Sequence[str] = ()
+    csv: bool = False
+    verify: bool = False
+
+    def history(self, home: Path) -> Path:
+        """Where a home keeps the runs of the job that is asked for."""
+        return home / "history" if self.job == "sync" else home / "history" / self.job
+
+
+def history_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("epoch", nargs="?", metavar="EPOCH", help="show this run")
+    add("--key", metavar="VALUE", help="show everything that happened to the rows with this value "
+        "in a key column, such as a student number")  # fmt: skip
+    add("--file", metavar="NAME", help="with --key: only in this file, such as iep.csv")
+    add("--job", choices=("sync", "schoolinks"), help="whose runs (default: sync)")
+    add("--homes", nargs="+", metavar="DIR", help="one table over the runs of many homes")
+    add("--verify", action="store_true",
+        help="check that no file of a run was changed, removed or added since")  # fmt: skip
+    add("--csv", action="store_true", help="print CSV")
+    parser.set_defaults(run=run_history, kind=HistoryOptions)
+    return parser
+
+
+HISTORY_HELP = """Show the runs kept, newest first, one of them, or everything that happened to one
+student.  Changes nothing.
+
+  sgsync.py history                          the runs, newest first
+  sgsync.py history 20261121-210237          one run
+  sgsync.py history --key 100119             one student, over all runs
+  sgsync.py history --homes '/srv/sgsync/*'  the runs of many homes
+  sgsync.py history --verify                 was a run altered?  Exit code 5 if so
+"""
+
+
+def run_history(options: HistoryOptions) -> int:
+    """The runs, one run, one student, or what was altered; only one of them at a time."""
+    asked = [bool(options.epoch), options.key is not None, options.verify, bool(options.homes)]
+    if sum(asked) > 1:
+        raise ConfigError("give only one of EPOCH, --key, --verify and --homes")
+    if options.json and options.csv:
+        raise ConfigError("give only one of --json and --csv")
+    history = options.history(options.home)
+    if options.epoch:
+        return show_run(kept_run(history, options.epoch), options)
+    if options.key is not None:
+        if not options.key:
+            raise ConfigError("--key: is empty", "give a student number")
+        if options.job != "sync":
+            raise ConfigError("--key: only runs of sync record changes of rows", "leave out --job")
+        return show_events(list(KeySearch(history, options.key, options.file).events()), options)
+    if options.verify:
+        return show_verified(runs(history), options)
+    homes = [options.home]
+    if options.homes:
+        named = itertools.chain.from_iterable(map(glob.glob, options.homes))
+        homes = sorted(set(map(Path, named)))
+        homes = [home for home in homes if (home / "history").is_dir()]
+    found = [(home, run) for home in homes for run in runs(options.history(home))]
+    found.sort(key=lambda pair: pair[1].epoch, reverse=True)
+    records = []
+    for home, run in found:
+        record = run_record(run)
+        records.append({"home": str(home), **record} if options.homes else record)
+    show_records(records, options, [short_cells(record) for record in records], "no runs")
+    return 0
+
+
+def kept_run(history: Path, epoch: str) -> KeptRun:
+    """The run that a person names; raises ConfigError where there is none."""
+    for run in runs(history):
+        if run.epoch == epoch:
+            return run
+    raise ConfigError(
+        f"{one_line(epoch)}: there is no such run in {history}",
+        f"{SCRIPT.name} history lists the runs",
+    )
+
+
+def run_record(run: KeptRun) -> dict[str, Any]:
+    """One run as JSON and CSV tell of it; counts are rows, of every file together."""
+    summary = run.summary or RunSummary("", outcome="unknown")
+    counts = {f"{word}_found": sum(file.tally(word).found for file in summary.files)
+              for word in (INSERT, UPDATE, DELETE)}  # fmt: skip
+    counts |= {f"{word}_applied": sum(file.tally(word).applied for file in summary.files)
+               for word in (INSERT, UPDATE, DELETE)}  # fmt: skip
+    return {
+        "epoch": run.epoch,
+        "started": summary.started,
+        "outcome": summary.outcome,
+        "exit_code": summary.exit_code,
+        **counts,
+        "failed": summary.total("failed"),
+        "left_alone": summary.total("left_alone"),
+        "not_converged": sum(file.not_converged for file in summary.files),
+        "rows": sum(section.rows for section in summary.sections),
+        "seconds": summary.seconds,
+        "message": summary.message,
+    }
+
+
+def short_cells(record: Mapping[str, Any]) -> dict[str, str]:
+    """A run as a row of the table: heading -> text."""
+    cells = {"home": one_line(record["home"])} if "home" in record else {}
+    cells |= {"run": record["epoch"], "outcome": one_line(record["outcome"])}
+    for word in (INSERT, UPDATE, DELETE):
+        found, applied = record[f"{word}_found"], record[f"{word}_applied"]
+        cells[word] = f"{applied:,}" if applied == found else f"{applied:,} of {found:,}"
+    if record["rows"]:
+        cells["rows"] = f"{record['rows']:,}"
+    return cells | {"failed": f"{record['failed']:,}", "time": f"{record['seconds']:.1f} s"}
+
+
+def show_records(
+    records: Sequence[Mapping[str, Any]],
+    options: HistoryOptions,
+    cells: Sequence[Mapping[str, str]],
+    nothing: str,
+) -> None:
+    """Print records as JSON or CSV, or else their cells as a table, on standard output."""
+    if options.json:
+        print_json(records)
+    elif options.csv and sys.stdout is not None:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([list(records[0])] if records else [])
+        csv.writer(text).writerows(record.values() for record in records)
+        sys.stdout.buffer.write(text.getvalue().encode("utf-8"))
+        sys.stdout.buffer.flush()
+    elif not options.csv:
+        print(text_table(cells) or nothing)
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns under their headings; those that begin with digits stand to the right."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [all(row.get(name, "0")[:1].isdigit() for row in rows) for name in names]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+        if names
+    )
+
+
+def show_run(run: KeptRun, options: HistoryOptions) -> int:
+    """One run: how it ended, for each file what it did, and where to look further."""
+    summary = run.summary
+    if options.json:
+        print_json(dataclasses.asdict(summary) if summary else None)
+        return 0
+    if options.csv or summary is None:
+        show_records([run_record(run)], options, [short_cells(run_record(run))], "")
+        return 0
+    code = "" if summary.exit_code is None else f" (exit code {summary.exit_code})"
+    approval = summary.approval
+    about = {
+        "run": f"{run.epoch}, {summary.seconds:.1f} s, {run.folder}",
+        "outcome": f"{summary.outcome}{code}: {summary.message}",
+        "try": summary.remedy,
+        "started": f"{summary.started} by {summary.account} on {summary.computer}",
+        "arguments": command_line(summary.arguments),
+        "extract": summary.source_epoch,
+        "approved": f"run {approval.run} by {approval.by} {approval.at} {approval.why}"
+        if approval
+        else "",
+        "limits": "skipped with --force" if summary.forced else "",
+        "over limits": "\n".join(summary.over_limits),
+    }
+    for name, text in about.items():
+        lines = [printable(line) for line in text.strip().split("\n")]
+        if lines != [""]:
+            print(f"{name + ':':<13}" + "\n             ".join(lines))
+    cells = [file_cells(file, planned=summary.only_planned) for file in summary.files]
+    cells += [section_cells(section) for section in summary.sections]
+    cells = [{name: printable(text) for name, text in row.items()} for row in cells]
+    stages = [{"stage": stage.name, "time": f"{stage.seconds:.1f} s"} for stage in summary.stages]
+    for table in filter(None, (text_table(cells), text_table(stages))):
+        print(f"\n{table}")
+    return 0
+
+
+def show_verified(kept: Sequence[KeptRun], options: HistoryOptions) -> int:
+    """What was altered, the first run first; exits with 5 if anything was."""
+    records = [{"run": epoch, "what": what} for epoch, what in sorted(verify(kept))]
+    sealed = [run for run in kept if run.manifest]
+    told = f"{plural(len(sealed), 'run')} verified, nothing was altered"
+    if without := len(kept) - len(sealed):
+        told += f"; {plural(without, 'run')} without {MANIFEST_NAME}"
+    show_records(records, options, records, told)
+    if not records:
+        return 0
+    first = records[0]
+    log.error(
+        "the first run altered is %s: %s\nTry: restore that run's folder from a backup, and find "
+        "out who changed it", first["run"], first["what"],
+    )  # fmt: skip
+    return DataError.exit_code
+
+
+def show_events(events: Sequence[Event], options: HistoryOptions) -> int:
+    """Print what happened to one student, oldest first."""
+    if options.json:
+        print_json([dataclasses.asdict(event) for event in events])
+    elif options.csv:
+        records = [record for event in events for record in event.records()]
+        show_records(records, options, [], "")
+    else:
+        kept = plural(len(runs(options.history(options.home))), "run")
+        nothing = f"no change to a row with the key {one_line(options.key)} in {kept}"
+        print("\n".join(map(str, events)) or nothing)
+    return 0
+
+
+# ---------------------------------------------------------------------- command: report
+#
+# Given the folders of the runs kept; gives report.html of one of them, and its path on standard
+# output.  Raises ConfigError for a run that is not there, DataError for one without a summary.
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReportOptions(Options):
+    epoch: str = ""
+    open: bool = False
+
+
+def report_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("epoch", nargs="?", metavar="EPOCH", help="the run (default: the newest)")
+    add("--open", action="store_true", help="open the report in the web browser")
+    parser.set_defaults(run=run_report, kind=ReportOptions)
+    return parser
+
+
+REPORT_HELP = """Write report.html of a run of sync, with the trend over the runs kept, into the
+run's folder and print its path.  Changes nothing else.
+
+  sgsync.py report --open             the newest run
+  sgsync.py report 20261121-210237    that run
+"""
+
+
+def run_report(options: ReportOptions) -> int:
+    """Write a report again, now that the run is over."""
+    history = options.home / "history"
+    kept = runs(history)
+    if not kept:
+        raise ConfigError(f"{history}: there is no run to report on", "run sync first")
+    run = kept_run(history, options.epoch) if options.epoch else kept[0]
+    if run.summary is None:
+        raise DataError(f"{run.folder / SUMMARY_NAME}: is missing or cannot be read")
+    keys = False
+    try:
+        keys = load_config(options.config, Config).history.report_keys
+    except ConfigError as error:
+        log.warning("keys are left out of the report: %s", error.message)
+    path = Report(run.summary, run.folder, kept, keys=keys).write()
+    if options.json:
+        print_json({"report": str(path)})
+    else:
+        print(path)
+    if options.open and not webbrowser.open(path.as_uri()):
+        log.warning("%s: no web browser was found", path)
+    return 0
+
+
 # ---------------------------------------------------------------------- main
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
@@ -6755,6 +8005,8 @@ Changes only the file known_hosts (knownHosts= in <SFTP>).  For example:
   sgsync.py trust
   sgsync.py trust --job schoolinks --fingerprint SHA256:u0Zr...""",
     ),
+    "history": (history_arguments, "the runs kept, or what happened to one student", HISTORY_HELP),
+    "report": (report_arguments, "write the report of a run, as HTML", REPORT_HELP),
 }
 
 
@@ -6768,6 +8020,8 @@ def build_parser() -> Parser:
     add("--quiet", action="count", help="print warnings, errors and the outcome only; given twice, "
         "not the outcome of a success")  # fmt: skip
     add("--json", action="store_true", help="print the run's summary on standard output")
+    add("--log-format", choices=("text", "json"),
+        help="json: messages on standard error as one JSON object a line")  # fmt: skip
     add("--version", action="version", version=f"sgsync {__version__}")
     parser = Parser(
         prog="sgsync.py",
@@ -6857,7 +8111,8 @@ def console_log(options: Options) -> Iterator[None]:
     handler = ConsoleHandler()
     nightly = options.command in ("sync", "schoolinks")
     plain = options.terminal or not nightly
-    handler.setFormatter(LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s"))
+    text = LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s")
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else text)
     quiet = options.quiet or (options.terminal and nightly)
     handler.setLevel(logging.WARNING if quiet else level)
     log.addHandler(handler)
