@@ -41,10 +41,10 @@ def opened(connection_string: str, **values: Any) -> sgsync.Database:
     return sgsync.Database(sgsync.DatabaseSettings(**known))
 
 
-def exported(database: servers.Database, sql: str, path: Path, form: str | None = None) -> str:
+def exported(database: servers.Database, sql: str, path: Path, date_format: str | None = None) -> str:
     """The CSV file that a query makes, read by Python's own reader into lines joined by |."""
     with opened(database.connection_string) as connection:
-        sgsync.write_query(connection, "subject", sql, path, nothing, form)
+        sgsync.write_query(connection, "subject", sql, path, nothing, date_format)
     with path.open(encoding="utf-8", newline="") as file:
         return "\n".join("|".join(row) for row in csv.reader(file))
 
@@ -464,7 +464,7 @@ TYPES = {
 }
 
 
-def test_write_query_writes_each_type_in_one_form(
+def test_write_query_writes_each_type_in_one_format(
     database: servers.Database, tmp_path: Path
 ) -> None:
     create, insert, select, text = TYPES[database.kind]
@@ -524,8 +524,8 @@ def test_write_query_counts_rows(sqlite: servers.Database, tmp_path: Path, count
     assert path.read_text().split() == ["n", *map(str, range(count))]
 
 
-def test_query_options_bring_two_forms_together(postgres_home: homes.Home) -> None:
-    """dateFormat, nullText, trim and sort: the same rows in two forms are no change."""
+def test_query_options_bring_two_formats_together(postgres_home: homes.Home) -> None:
+    """dateFormat, nullText, trim and sort: the same rows in two formats are no change."""
     home = postgres_home
     home.extract([("9", "01/05/2026", "LOCKED ", "NULL"), ("10", "01/06/2026", "OPEN", "Bob")])
     home.sis([("10", "2026-01-06", "OPEN", "Bob"), ("9", "2026-01-05", "LOCKED", "")])

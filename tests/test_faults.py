@@ -296,9 +296,9 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, *epochs: str) -> None:
     left = list(epochs)
     strftime = time.strftime
 
-    def fake(form: str, *when: object) -> str:
-        if form != "%Y%m%d-%H%M%S" or when:
-            return strftime(form, *when)  # type: ignore[arg-type]
+    def fake(pattern: str, *when: object) -> str:
+        if pattern != "%Y%m%d-%H%M%S" or when:
+            return strftime(pattern, *when)  # type: ignore[arg-type]
         return left.pop(0) if len(left) > 1 else left[0]
 
     monkeypatch.setattr(time, "strftime", fake)
