@@ -1631,7 +1631,7 @@ def _key_pair_advice(settings: SftpSettings, path: Path) -> str:
                 account = pwd.getpwuid(owner).pw_name
     if account:
         words = ["sudo", "-u", account, *words]
-    command = command_line([*words, "-t", "rsa", "-b", "4096", "-f", str(path)])
+    command = command_line([*words, "-t", "rsa", "-b", "4096", "-N", "", "-f", str(path)])
     first = "" if folder.is_dir() else f"create the folder {folder}; "
     return f"{first}make a key pair without a passphrase: {command}; then {settings.key_advice}"
 
@@ -4194,121 +4194,6 @@ def diff(
     return comparison
 
 
-class FormDifferences:
-    """Updates in which no value differs, only how it is written: `1.50` and `1.5`.
-
-    A procedure that is called for them changes nothing, so they come again every night.  Values
-    are told as their shape alone: they may be personal.
-    """
-
-    LOOKED_AT = 10_000  # as many updates tell enough
-
-    def __init__(self, spec: SqlDiff, key: Key) -> None:
-        self.spec, self.key = spec, key
-        self.ignore = {"case"} if spec.ignore_case else set()
-        self.ignore |= {"number"} if spec.ignore_number_format else set()
-        self.updates = self.formal = 0
-        self.found: dict[tuple[int, str], tuple[int, str]] = {}  # column, kind -> count, example
-
-    def ignored(self, before: Row, after: Row) -> bool:
-        """Whether the row counts as equal; else it is counted as one update."""
-        if not self.ignore and self.updates >= self.LOOKED_AT:
-            return False
-        kinds = {
-            index: form_difference(*values)
-            for index, values in enumerate(zip(before, after, strict=True))
-            if values[0] != values[1]
-        }
-        if self.ignore.issuperset(kinds.values()):
-            return True
-        self.updates += 1
-        if all(kinds.values()):
-            self.formal += 1
-            for index, kind in kinds.items():
-                count, example = self.found.get((index, kind), (0, ""))
-                example = example or self._example(index, kind, before, after)
-                self.found[index, kind] = count + 1, example
-        return False
-
-    def sentences(self, columns: Row) -> list[str]:
-        """What to tell where most updates differ in form alone."""
-        if self.formal * 2 <= self.updates:
-            return []
-        return [
-            f"{self.spec.file}: {count:,} of {plural(self.updates, 'update')} differ only in form: "
-            f"column {one_line(columns[index])}, {FORMS[kind]}, {example}"
-            for (index, kind), (count, example) in self.found.items()
-        ]
-
-    def _example(self, index: int, kind: str, before: Row, after: Row) -> str:
-        key = self.key.show(after)
-        shapes = f"'{shape(before[index])}' in the database, '{shape(after[index])}' from SameGoal"
-        return f"as in {key}: {shapes}; {_settled_by(kind, before[index], after[index])}"
-
-
-FORMS = {
-    "blanks": "blanks at the end",
-    "case": "letter case",
-    "number": "the form of a number",
-    "date": "the form of a date",
-    "null": "a word for an empty field",
-}
-DATE_FORMS = (
-    "%Y-%m-%d", "%m/%d/%Y", "%m/%d/%y", "%Y%m%d", "%d.%m.%Y", "%m-%d-%Y", "%Y/%m/%d",
-    "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%m/%d/%Y %H:%M:%S",
-)  # fmt: skip
-
-
-def form_difference(before: str, after: str) -> str:
-    """The kind of FORMS in which two texts for one value differ; '' where the values differ."""
-    if before.rstrip() == after.rstrip():
-        return "blanks"
-    if before.casefold() == after.casefold():
-        return "case"
-    if {before, after} & {"NULL", "null", "None", "\\N"} and "" in (before, after):
-        return "null"
-    if _plain_number(before) == _plain_number(after) is not None:
-        return "number"
-    dates = [_date(text) for text in (before, after)]
-    return "date" if dates[0] and dates[1] and dates[0][0] == dates[1][0] else ""
-
-
-def _plain_number(text: str) -> object:
-    """The number that a text is, in a form that compares by value, or None."""
-    import decimal
-
-    plain = re.fullmatch(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*", text, re.ASCII) and len(text) < 40
-    return decimal.Decimal(text.strip()) if plain else None
-
-
-def _date(text: str) -> tuple[datetime.datetime, str] | None:
-    """A date and the form it is written in."""
-    for form in DATE_FORMS if 6 <= len(text) <= 23 and text[:1].isdigit() else ():
-        with contextlib.suppress(ValueError):
-            return datetime.datetime.strptime(text.removesuffix(".000"), form), form
-    return None
-
-
-def shape(text: str) -> str:
-    """A value without what it says: `Ann 12.50` is `Xxx 99.99`."""
-    marked = "".join(
-        "X" if c.isupper() else "x" if c.isalpha() else "9" if c.isdigit() else c for c in text[:40]
-    )
-    return one_line(f"[{marked}]")[1:-1]
-
-
-def _settled_by(kind: str, before: str, after: str) -> str:
-    found = _date(after)
-    attribute_text = {
-        "blanks": 'trim="true"',
-        "case": 'ignoreCase="true"',
-        "number": 'ignoreNumberFormat="true"',
-        "null": f'nullText="{before or after}"',
-        "date": f'dateFormat="{found[1] if found else ""}"',
-    }[kind]
-    return f"{attribute_text} on this <SQLDiff> would settle it"
-
-
 def check_columns(source: CsvFile, target: CsvFile) -> None:
     """Both sides must have the same columns in the same order."""
     for file in (source, target):
@@ -6451,6 +6336,7 @@ def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO
         with local_errors(Path("standard output")):
             try:
                 yield sys.stdout.buffer
+                sys.stdout.buffer.flush()
             except OSError as error:
                 with contextlib.suppress(OSError):  # Or Python tries once more, and complains.
                     sys.stdout.close()
