@@ -255,9 +255,9 @@ def test_connect_without_oracles_client_where_thick_mode_asks_for_it(
     assert ended.returncode == 4, ended.stderr
     message = district.summary["message"]
     assert message.startswith("PowerSchool: cannot connect: DPI-1047: Cannot locate a 64-bit ")
-    assert message.splitlines()[1] == (
-        "Try: install Oracle Instant Client in the version that matches Python (64-bit), and name "
-        "its folder in clientDirectory= on <SchooLinks>"
+    assert district.summary["remedy"] == (
+        "install Oracle Instant Client in the version that matches Python (64-bit), and name its "
+        "folder in clientDirectory= on <SchooLinks>"
     )
 
 
@@ -393,9 +393,10 @@ def test_query_makes_one_more_round_trip_for_each_array_of_rows(
     login = sgsync.OracleLogin(oracle.user, oracle.password, wire.dsn)
     with REAL(config, login) as connection:
         connection.connect()
-        for query in (sgsync.student_query(config), sgsync.attendance_query(config, TODAY)):
+        files = sgsync.StudentFiles(config, TODAY)
+        for query in (files.student_query(), files.attendance_query()):
             before = wire.round_trips
-            assert len(connection.query("PowerSchool", *query)) == 305
+            assert len(query.run(connection)) == 305
             assert wire.round_trips - before == 4  # 101, 100, 100 and 4 rows
 
 
@@ -456,7 +457,7 @@ def test_query_gives_up_on_a_server_that_goes_silent(
         connection.connect()
         wire.silent = True
         with pytest.raises(sgsync.DatabaseError) as caught:
-            connection.query("PowerSchool: the query", *sgsync.student_query(config))
+            sgsync.StudentFiles(config, TODAY).student_query().run(connection)
     message, remedy = str(caught.value).splitlines()
     assert re.search(r"timeout|socket timed out|no answer for 2 s", message)
     assert remedy == f"Try: {sgsync.ORACLE_ADVICE['DPY-4024']}"
