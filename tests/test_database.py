@@ -598,15 +598,16 @@ def test_calls_give_sql_server_the_type_of_every_parameter(
     """Of NULL, too: without, Microsoft's driver asks the server about each of them."""
     recorder = Recorder(driver)
     monkeypatch.setattr(pyodbc, "connect", lambda *_, **__: recorder)
-    call = sgsync._defaults(sgsync.Call, procedure="[my schema].p")
-    spec = sgsync._defaults(
-        sgsync.SqlDiff, file="a.csv", key=("id",), query="", where="", calls={"insert": call}
-    )
-    with opened("x") as database, sgsync.Failures(tmp_path / "failures.csv", 0) as failures:
-        applier = sgsync.Applier(database, spec, "insert", failures)
-        applier.bind(("id", "note"))
+    call = sgsync.Call(procedure="[my schema].p")
+    sql_diff = sgsync.SqlDiff(file="a.csv", key=("id",), calls={"insert": call})
+    columns, failures = ("id", "note"), sgsync.Failures(tmp_path, 0)
+    key = sgsync.Key(sql_diff.key, columns, "a.csv")
+    found, tally = sgsync.Comparison(sql_diff, columns, key), sgsync.Tally()
+    with opened("x") as database:
+        applier = sgsync.Applier(database, found, "insert", tally, failures)
         applier.apply([("1", ""), ("2", "x" * 2000), ("3", "😀" * 2001), *[("4", "")] * 48])
         sent = recorder.sent.copy()
+    assert tally.applied == 51
     call_text = "EXEC [my schema].p ?, ?"
     (sql, values, types), (rest, *_), (commit, *_) = sent
     assert sql == "\n;\n".join([call_text] * 50) + "\n;"
