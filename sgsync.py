@@ -6324,6 +6324,29 @@ def schoolinks_arguments() -> Parser:
     return parser
 
 
+def schoolinks_address() -> tuple[str, int]:
+    """Host and port of SchooLinks' server, from the environment.  Raises ConfigError."""
+    address = required_variables("SCHOOLINKS_SFTP_ADDRESS")[0].removeprefix("sftp://").rstrip("/")
+    match = re.fullmatch(r"(?:\[([^\]\s]+)\]|([^:/@\s]+))(?::(\d{1,5}))?", address, re.ASCII)
+    if not match or not 0 < int(match[3] or 22) < 65536:
+        raise ConfigError(  # without the value: it may hold a password
+            "SCHOOLINKS_SFTP_ADDRESS is not an address", "set it to the host, or host:port, alone"
+        )
+    return match[1] or match[2], int(match[3] or 22)
+
+
+def required_variables(*names: str) -> list[str]:
+    """Their values; raises ConfigError that names every variable that is not set."""
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"not set in the environment: {', '.join(missing)}",
+            f"write them into {ENVIRONMENT_NAME} beside config.xml, or set them for the account "
+            "that runs sgsync",
+        )
+    return [os.environ[name] for name in names]
+
+
 def schoolinks_credentials(
     settings: SchooLinksSettings, home: Path, *, upload: bool
 ) -> tuple[OracleLogin, SftpSettings | None]:
@@ -6337,21 +6360,10 @@ def schoolinks_credentials(
         if not settings.private_key:
             names.append("SCHOOLINKS_SFTP_PASSWORD")
         names.append("SCHOOLINKS_SFTP_ADDRESS")
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        raise ConfigError(
-            f"not set in the environment: {', '.join(missing)}",
-            "set them for the account that runs sgsync, then restart sgsync",
-        )
-    login = OracleLogin(*(os.environ[name] for name in names[:3]))
+    login = OracleLogin(*required_variables(*names)[:3])
     if not upload:
         return login, None
-    address = os.environ["SCHOOLINKS_SFTP_ADDRESS"].removeprefix("sftp://").rstrip("/")
-    match = re.fullmatch(r"(?:\[([^\]\s]+)\]|([^:/@\s]+))(?::(\d{1,5}))?", address, re.ASCII)
-    if not match or not 0 < int(match[3] or 22) < 65536:
-        raise ConfigError(  # without the value: it may hold a password
-            "SCHOOLINKS_SFTP_ADDRESS is not an address", "set it to the host, or host:port, alone"
-        )
+    host, port = schoolinks_address()
     beside = home / "known_hosts"
     login_advice = "check SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD"
     if settings.private_key:
@@ -6360,8 +6372,8 @@ def schoolinks_credentials(
             "private key"
         )
     server = SftpSettings(
-        host=match[1] or match[2],
-        port=int(match[3] or 22),
+        host=host,
+        port=port,
         username=os.environ["SCHOOLINKS_SFTP_USERNAME"],
         password="" if settings.private_key else os.environ["SCHOOLINKS_SFTP_PASSWORD"],
         private_key=settings.private_key,

@@ -643,7 +643,7 @@ class Calls:
         text = CONFIG.format(connection=self.connection_string.replace("&", "&amp;"))
         (self.folder / "config.xml").write_text(text, encoding="utf-8")
 
-    def write_changes(self, rows: Sequence[Sequence[str]]) -> sgsync.Comparison:
+    def write_changes(self) -> sgsync.Comparison:
         """diff/iep.csv, as sgsync makes it of rows that the database has not."""
         import sgsync
 
@@ -651,22 +651,20 @@ class Calls:
         for path, content in zip(files, (self.rows, []), strict=True):
             with path.open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([HEADER, *content])
-        spec = sgsync.load_config(self.home / "config.xml", sgsync.SyncConfig).sql_diffs[0]
-        return sgsync.compare(*files, self.home / "changes.csv", spec)
+        spec = sgsync.load_config(self.folder / "config.xml", sgsync.SyncConfig).sql_diffs[0]
+        return sgsync.compare(*files, self.folder / "changes.csv", spec)
 
     def apply(self) -> float:
         """By sgsync's own stage, its reading of the changes included."""
         import sgsync
 
-        config = sgsync.load_config(self.home / "config.xml", sgsync.SyncConfig)
-        found = self.write_changes(self.rows)
-        with (
-            sgsync.Database(config.database) as database,
-            sgsync.Failures(self.folder / "failures.csv", 0) as failures,
-        ):
+        config = sgsync.load_config(self.folder / "config.xml", sgsync.SyncConfig)
+        found = self.write_changes()
+        failures = sgsync.Failures(self.folder, 0)
+        with sgsync.Database(config.database) as database:
             database.connect()
             began = time.perf_counter()
-            sgsync.apply(database, found, failures, lambda _: None)
+            sgsync.apply(database, found, found.summary(), failures, lambda _: None)
             return len(self.rows) / (time.perf_counter() - began)
 
     def autocommit(self, count: int) -> float:
@@ -728,7 +726,7 @@ def with_empty_fields(rows: Sequence[Sequence[str]], share: float) -> list[list[
     """The same rows with that share of the fields behind the key empty."""
     dice = random.Random(1)
     return [
-        [*row[:KEY], *("" if dice.random() < share else value for value in row[KEY:])]
+        [*row[: len(KEY)], *("" if dice.random() < share else v for v in row[len(KEY) :])]
         for row in rows
     ]
 

@@ -112,7 +112,10 @@ VARIABLES = [
     "SCHOOLINKS_SFTP_PASSWORD",
     "SCHOOLINKS_SFTP_ADDRESS",
 ]
-REMEDY = "Try: set them for the account that runs sgsync, then restart sgsync"
+REMEDY = (
+    "Try: write them into sgsync.env beside config.xml, or set them for the account that runs "
+    "sgsync"
+)
 
 
 def test_credentials_name_every_missing_variable_in_one_message(
@@ -1547,7 +1550,7 @@ def test_schoolinks_missing_private_key(district: District) -> None:
     path = district.path / "ssh/schoolinks_key"
     assert district.refused(2) == (
         f"{path}: the private key cannot be read: No such file or directory\n"
-        f"Try: make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -f {path}; then "
+        f"Try: make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -N '' -f {path}; then "
         "give the public key, the file with .pub, to SchooLinks"
     )
 

@@ -264,7 +264,7 @@ def test_connect_names_a_missing_key(home: homes.Home) -> None:
     (home.path / "ssh/id_rsa").unlink()
     assert home.refused(2) == (
         f"{home.path}/ssh/id_rsa: the private key cannot be read: No such file or directory\n"
-        "Try: make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -f "
+        "Try: make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -N '' -f "
         f"{home.path}/ssh/id_rsa; then give the public key, the file with .pub, to SameGoal"
     )
 
