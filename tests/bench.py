@@ -514,7 +514,7 @@ def export_ways(connection_string: str, folder: Path) -> dict[str, Callable[[], 
     import sgsync
 
     sql = "SELECT * FROM iep"
-    settings = sgsync._defaults(sgsync.DatabaseSettings, connection_string=connection_string)
+    settings = sgsync.DatabaseSettings(connection_string=connection_string)
 
     def ours() -> float:
         with sgsync.Database(settings) as database:
@@ -827,8 +827,7 @@ class Transfers:
     def session(self) -> Iterator[sgsync.Sftp]:
         import sgsync
 
-        settings = sgsync._defaults(
-            sgsync.SftpSettings,
+        settings = sgsync.SftpSettings(
             host=self.sshd.host,
             port=self.port,
             username=self.sshd.username,

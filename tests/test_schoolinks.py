@@ -1550,8 +1550,8 @@ def test_schoolinks_missing_private_key(district: District) -> None:
     path = district.path / "ssh/schoolinks_key"
     assert district.refused(2) == (
         f"{path}: the private key cannot be read: No such file or directory\n"
-        f"Try: make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -N '' -f {path}; then "
-        "give the public key, the file with .pub, to SchooLinks"
+        f"Try: make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -N '' "
+        f"-f {path}; then give the public key, the file with .pub, to SchooLinks"
     )
 
 
