@@ -79,7 +79,7 @@ def run_sgsync(command: Sequence[str], code: int) -> None:
     if done.returncode != code:
         print(done.stderr, file=sys.stderr)
         raise DemoError(f"{shlex.join(command)} ended with {done.returncode} instead of {code}")
-    last = re.split(r"(?m)^\d{4}-\d\d-\d\d [\d:,]+ ", done.stderr)[-1].rstrip()
+    last = re.split(r"(?m)^\d{4}-\d\d-\d\d [\d:.+-]+ ", done.stderr)[-1].rstrip()
     say(re.sub(r"(?m)^ *", "  ", last))
 
 

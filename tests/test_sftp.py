@@ -356,7 +356,7 @@ def hashed(home: homes.Home, text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "form",
+    "rewritten",
     [
         pytest.param(hashed, id="hashed"),
         pytest.param(lambda _, text: f"# old\n\n{text}".replace("\n", "\r\n"), id="windows"),
@@ -364,10 +364,10 @@ def hashed(home: homes.Home, text: str) -> str:
         pytest.param(lambda home, text: home.sshd.other_known_hosts + text, id="two-keys"),
     ],
 )
-def test_connect_reads_known_hosts_in_the_forms_it_has(
-    home: homes.Home, form: Callable[[homes.Home, str], str]
+def test_connect_reads_known_hosts_in_the_formats_it_has(
+    home: homes.Home, rewritten: Callable[[homes.Home, str], str]
 ) -> None:
-    home.known_hosts(form(home, home.sshd.known_hosts))
+    home.known_hosts(rewritten(home, home.sshd.known_hosts))
     with session(home) as sftp:
         assert sftp.listing(home.sftp_root.as_posix())
 

@@ -243,8 +243,7 @@ BAD_SOURCES: dict[str, tuple[str | bytes, str]] = {
     ),
     "no header": (
         GOOD.split("\r\n", 1)[1],
-        COLUMNS + "none of studentNumber, startDate, status, manager; perhaps its header is "
-        "missing",
+        COLUMNS + "none of studentNumber, startDate, status, manager; its header may be missing",
     ),
     "truncated": (
         GOOD[: GOOD.index("Ana")],
