@@ -343,7 +343,7 @@ def test_sync_says_that_its_epoch_is_on_the_server_already(
     (there / "other.csv").write_text("other")
     set_clock(monkeypatch, "20260105-020000")
     assert home.main() == 3
-    assert "20260105-020000: is there already, perhaps by another installation" in home.log
+    assert "20260105-020000: already exists, perhaps from another installation" in home.log
     assert [path.name for path in there.iterdir()] == ["other.csv"]
     set_clock(monkeypatch, "20260105-020001")
     assert home.main() == 0

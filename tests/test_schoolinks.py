@@ -1155,7 +1155,8 @@ def test_schoolinks_uploads_with_a_private_key(
     stranger = asyncssh.generate_private_key("ssh-ed25519")
     key.write_bytes(stranger.export_private_key())
     assert anywhere.failed(3).splitlines()[1] == (
-        "Try: see that the public half of ssh/schoolinks_key is stored for this user at the server"
+        "Try: check SCHOOLINKS_SFTP_USERNAME, and that SchooLinks has the public key of this "
+        "private key"
     )
 
 
@@ -1166,7 +1167,7 @@ def test_schoolinks_refused_log_in(anywhere: District, monkeypatch: pytest.Monke
     assert anywhere.failed(3) == (
         f"{server.host}:{server.port}: log-in as {server.username} refused: "
         "Authentication failed.\n"
-        "Try: see that SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD are right"
+        "Try: check SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD"
     )
     assert anywhere.sent() == {}
 
@@ -1176,8 +1177,9 @@ def test_schoolinks_missing_private_key(district: District) -> None:
     district.configure(attributes='privateKey="ssh/schoolinks_key"')
     assert district.refused(2) == (
         f"{district.path / 'ssh/schoolinks_key'}: the private key cannot be read: No such file or "
-        "directory\nTry: make a key pair: ssh-keygen -t rsa -b 4096 -f ssh/id_rsa, and store the "
-        "public half at SchooLinks"
+        "directory\nTry: make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -f "
+        f"{district.path / 'ssh/schoolinks_key'}; then give the public key, the file with .pub, to "
+        "SchooLinks"
     )
 
 
@@ -1245,25 +1247,32 @@ def test_schoolinks_takes_the_host_key_from_beside_the_script_or_from_ssh(
     beside.write_text(in_ssh.read_text())
     message = district.refused(3)
     assert re.fullmatch(
-        r"127\.0\.0\.1:\d+: the host key is ssh-ed25519 SHA256:\S+, but known_hosts has "
-        r"ssh-ed25519 SHA256:\S+; nothing was sent\n"
-        r"Try: ask the server's operator whether the key was changed; only then replace the line "
-        r"of \[127\.0\.0\.1\]:\d+ in known_hosts",
+        r"127\.0\.0\.1:\d+: the host key is ssh-ed25519 SHA256:\S+, but "
+        rf"{beside} has ssh-ed25519 SHA256:\S+; nothing was sent\n"
+        r"Try: ask the server's operator whether the host key was changed; only if it was, replace "
+        rf"the pinned key: {re.escape(trust(district))}",
         message,
     )
+
+
+def trust(district: District) -> str:
+    words = ["trust", "--job", "schoolinks", "--home", str(district.path)]
+    return sgsync.command_line(words)
 
 
 def test_schoolinks_without_a_host_key(district: District) -> None:
     district.students(1001)
     (district.path / "known_hosts").unlink()
     port, path = district.server.port, district.path / "ssh/known_hosts"
-    remedy = (
-        f"Try: pin the server's key: ssh-keyscan -p {port} 127.0.0.1 >> {path}, after comparing "
-        "its fingerprint"
-    )
-    assert district.refused(2) == (f"{path}: cannot be read: No such file or directory\n{remedy}")
+    pin = f"pin the server's key: {trust(district)}"
+    assert district.refused(2) == f"{path}: cannot be read: the file does not exist\nTry: {pin}"
     path.write_text("")
-    assert district.refused(3) == f"{path}: holds no host key of [127.0.0.1]:{port}\n{remedy}"
+    assert district.refused(3) == f"{path}: has no host key\nTry: {pin}"
+    path.write_text(f"sftp.schoolinks.com {HOST_KEY}\n")
+    assert district.refused(3) == (
+        f"{path}: has no host key for [127.0.0.1]:{port}, only for sftp.schoolinks.com\n"
+        f"Try: check SCHOOLINKS_SFTP_ADDRESS; if it is right, {pin}"
+    )
 
 
 def test_schoolinks_unknown_host(district: District, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1271,7 +1280,7 @@ def test_schoolinks_unknown_host(district: District, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SCHOOLINKS_SFTP_ADDRESS", "sftp.schoolinks.invalid")
     (district.path / "known_hosts").write_text(f"sftp.schoolinks.invalid {HOST_KEY}\n")
     assert district.refused(3).splitlines()[1] == (
-        "Try: see whether the host in SCHOOLINKS_SFTP_ADDRESS is right and the name server answers"
+        "Try: check SCHOOLINKS_SFTP_ADDRESS, and that this machine can resolve names"
     )
 
 
@@ -1325,8 +1334,8 @@ def test_upload_that_arrives_short_is_not_put_in_place(quirky: Any) -> None:
     district.students(1001)
     size = len('"student_number","attendance_percentage"\r\n"1001","1.0"\r\n')
     assert district.failed(3) == (
-        f"127.0.0.1:{district.server.port}: /automated/attendance_percentage.csv.part: {size - 1} "
-        f"bytes arrived of {size}\nTry: see whether the server's disk is full"
+        f"127.0.0.1:{district.server.port}: /automated/attendance_percentage.csv.part: the server "
+        f"has {size - 1} of {size} bytes\nTry: check whether the server's disk is full"
     )
     assert ATTENDANCE not in district.sent()
     assert {line["uploaded"] for line in district.summary["files"]} == {""}

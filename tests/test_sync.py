@@ -116,7 +116,7 @@ def test_sync_gives_up_one_side_where_the_other_has_failed(postgres_home: homes.
     home = postgres_home
     home.configure(query="SELECT pg_sleep(300)")
     message = home.refused(3)
-    assert "holds no epoch directory" in message
+    assert "contains no epoch directory" in message
     assert home.log.count("ERROR") == 1
     sleeping = (
         "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND pid <> pg_backend_pid()"
