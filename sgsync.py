@@ -1928,7 +1928,6 @@ class SftpRequests:
         received = self._channel.recv(1 << 21)
         if not received:
             raise EOFError
-        self._moved()
         self._incoming += received
         try:
             self._hand_on()
@@ -1960,6 +1959,7 @@ class SftpRequests:
             then = self._waiting.pop(number, None)
             if then is None:
                 raise paramiko.SFTPError("the server answered what nobody asked")
+            self._moved()  # A whole answer, not a byte of one: a hostile server drips.
             then(kind, bytes(memoryview(buffer)[begin + 9 : end]))
             begin = end
         del buffer[:begin]
@@ -1971,11 +1971,11 @@ class SftpRequests:
 
         if kind == wanted != SftpRequests.STATUS:
             return
-        if kind != SftpRequests.STATUS:
+        code = struct.unpack_from(">I", content)[0] if kind == SftpRequests.STATUS else 0
+        if code == 0:
+            if kind == wanted:
+                return
             raise paramiko.SFTPError("the server's answer is garbled")
-        (code,) = struct.unpack_from(">I", content)
-        if code == 0 and wanted == kind:
-            return
         text = content[8 : 8 + int.from_bytes(content[4:8], "big")].decode("utf-8", "replace")
         numbers = {2: errno.ENOENT, 3: errno.EACCES}
         raise OSError(numbers[code], text) if code in numbers else OSError(text or f"code {code}")
@@ -2262,13 +2262,15 @@ class Sftp:
             name = HostKeys.name(settings.host, settings.port)
             hosts = host_keys.hosts()
             more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
+            message, pin = (
+                f"{host_keys.path}: has no host key",
+                f"pin the server's key: {self._trust()}",
+            )
+            if not hosts:
+                raise TransferError(message, pin)
             raise TransferError(
-                f"{host_keys.path}: has no host key for {name}, only for "
-                f"{', '.join(hosts[:10])}{more}"
-                if hosts
-                else f"{host_keys.path}: has no host keys",
-                f"check {settings.host_from}{self._place()}; if it is right, pin the server's key: "
-                f"{self._trust()}",
+                f"{message} for {name}, only for {', '.join(hosts[:10])}{more}",
+                f"check {settings.host_from}{self._place()}; if it is right, {pin}",
             )
         return host_keys
 

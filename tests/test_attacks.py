@@ -45,7 +45,7 @@ def serve(home: homes.Home) -> Iterator[Callable[[type[asyncssh.SFTPServer]], Ot
     with contextlib.ExitStack() as stack:
 
         def start(handler: type[asyncssh.SFTPServer]) -> OtherServer:
-            return stack.enter_context(contextlib.closing(OtherServer(home, handler)))
+            return stack.enter_context(contextlib.closing(OtherServer(home, sftp_factory=handler)))
 
         yield start
 

@@ -1633,15 +1633,23 @@ def test_schoolinks_takes_the_host_key_from_beside_the_script_or_from_ssh(
     )
 
 
+def trust(district: District) -> str:
+    words = ["trust", "--job", "schoolinks", "--home", str(district.path)]
+    return sgsync.command_line(words)
+
+
 def test_schoolinks_without_a_host_key(district: District) -> None:
     district.students(1001)
     (district.path / "known_hosts").unlink()
-    path = district.path / "ssh/known_hosts"
+    port, path = district.server.port, district.path / "ssh/known_hosts"
     pin = f"pin the server's key: {trust(district)}"
     assert district.refused(2) == f"{path}: cannot be read: the file does not exist\nTry: {pin}"
     path.write_text("")
+    assert district.refused(3) == f"{path}: has no host key\nTry: {pin}"
+    path.write_text(f"sftp.schoolinks.com {HOST_KEY}\n")
     assert district.refused(3) == (
-        f"{path}: has no host keys\nTry: check SCHOOLINKS_SFTP_ADDRESS; if it is right, {pin}"
+        f"{path}: has no host key for [127.0.0.1]:{port}, only for sftp.schoolinks.com\n"
+        f"Try: check SCHOOLINKS_SFTP_ADDRESS; if it is right, {pin}"
     )
 
 
