@@ -3275,10 +3275,11 @@ def _quoted(row: bytes, mark: int) -> bytes:
 class CsvFile:
     """A CSV file: RFC 4180, UTF-8 with or without BOM, a header first, memory bounded.
 
-    `columns` is the header, () for a file of 0 bytes; `blocks()` gives the rows, once.  `trim`
-    drops blanks at the end of fields, then a field of `null_text` becomes empty.  Raises DataError
-    with file and line for everything that RFC 4180 does not allow, and for rows that have more or
-    fewer fields than the header.
+    `columns` is the header, () for a file of 0 bytes; `blocks()` gives the rows, once, or
+    `raw_blocks()` does, of which `canonical` takes any whole records.  `trim` drops blanks at the
+    end of fields, then a field of `null_text` becomes empty.  Raises DataError with file and line
+    for everything that RFC 4180 does not allow, and for rows that have more or fewer fields than
+    the header.
     """
 
     def __init__(
@@ -3286,13 +3287,17 @@ class CsvFile:
     ) -> None:
         self.path, self.shown = path, shown or path.name
         self.columns: Row = ()
+        self.line = 1  # of what is read next; whoever takes raw blocks keeps it
         self._trim, self._null_text = trim, null_text
-        self._line = 1  # of what `_records` gives next
+        text = (null_text or "").encode("utf-8", "surrogatepass").replace(b"\n", _BREAK)
+        self._null = (
+            re.compile(rb"(?<![^\0\n])" + re.escape(text) + rb"(?=[\0\n])") if text else None
+        )
         self._regular_line = b""  # The structure of a row that has been found regular.
         with local_errors(path):
             self._file: BinaryIO = path.open("rb")
         try:
-            self._records = self._raw_blocks()
+            self._records = self._read_records()
             self._rest = self._read_header()
         except BaseException:
             self.close()
@@ -3312,18 +3317,43 @@ class CsvFile:
         return CsvFile(self.path, self.shown, trim=self._trim, null_text=self._null_text)
 
     def blocks(self) -> Iterator[Block]:
-        """The rows, block by block."""
-        text = (self._null_text or "").encode("utf-8", "surrogatepass").replace(b"\n", _BREAK)
-        null = re.compile(rb"(?<![^\0\n])" + re.escape(text) + rb"(?=[\0\n])")
-        for raw in itertools.chain([self._rest] if self._rest else (), self._records):
-            block = self._canonical(raw, self._line)
-            self._line += raw.count(b"\n") if _BREAK in block.data else block.rows
-            data = block.data
-            if self._trim:
-                data = _BLANKS_AT_END.sub(b"", data)
-            if text:
-                data = null.sub(b"", data)
-            yield block if data is block.data else dataclasses.replace(block, data=data)
+        """The rows in canonical format, block by block."""
+        for raw in self.raw_blocks():
+            block = self.canonical(raw, self.line)
+            self.line += raw.count(b"\n") if _BREAK in block.data else block.rows
+            yield block
+
+    def raw_blocks(self) -> Iterator[bytes]:
+        """The rows as they stand in the file, whole records, not yet checked."""
+        return itertools.chain([self._rest] if self._rest else (), self._records)
+
+    def canonical(self, raw: bytes, line: int) -> Block:
+        """Whole records that begin on `line`, checked and in canonical format."""
+        block = self._canonical(raw, line)
+        data = block.data
+        if self._trim:
+            data = _BLANKS_AT_END.sub(b"", data)
+        if self._null:
+            data = self._null.sub(b"", data)
+        return block if data is block.data else Block(data, line, block.rows)
+
+    @staticmethod
+    def record_end(raw: bytes, begin: int = 0) -> int:
+        """The offset behind the last whole record of `raw`, 0 where there is none.
+
+        `raw` starts outside quotes, so a line break behind an even number of quotes ends a record;
+        none does so before `begin`.
+        """
+        end = raw.rfind(b"\n", begin) + 1
+        odd = raw.count(b'"', 0, end) % 2 if b'"' in raw else 0  # `in` takes a tenth of `count`.
+        while odd:  # Inside a quoted field, which starts at the last quote or before.
+            quote = raw.rfind(b'"', begin, end)
+            before = raw.rfind(b"\n", begin, quote) + 1 if quote >= 0 else 0
+            if not before:
+                return 0
+            odd ^= raw.count(b'"', before, end) % 2
+            end = before
+        return end
 
     def fail(self, line: int, what: str, remedy: str) -> NoReturn:
         raise DataError(f"{self.shown}:{line}: {what}", remedy)
@@ -3365,17 +3395,17 @@ class CsvFile:
                 self.fail(1, f"the header is wrong: {what}", "give each column its own name")
             seen.add(name)
         self.columns = columns
-        self._line += header.count(b"\n")
+        self.line += header.count(b"\n")
         return first[end:]
 
-    def _raw_blocks(self) -> Iterator[bytes]:
+    def _read_records(self) -> Iterator[bytes]:
         """The file in blocks that end where a record ends; the last one gets its line end."""
         rest = b""
         while True:
             with local_errors(self.path):
                 read = self._file.read(BLOCK_BYTES)
             raw = rest + read
-            end = self._last_record_end(raw, len(rest))
+            end = self.record_end(raw, len(rest))
             if not read:
                 break
             if end == 0 and len(raw) > RECORD_BYTES:
@@ -3391,35 +3421,17 @@ class CsvFile:
         if rest.count(b'"') % 2:
             self._fail_endless(rest, "a quoted field is never closed", cut_off)
         if rest.endswith(b"\r"):
-            line = self._line + rest.count(b"\n")
+            line = self.line + rest.count(b"\n")
             self.fail(line, "a carriage return without a line feed", cut_off)
         if rest:
             yield rest + b"\n"
 
-    @staticmethod
-    def _last_record_end(raw: bytes, begin: int) -> int:
-        """The offset behind the last whole record of `raw`, 0 where there is none.
-
-        `raw` starts outside quotes, so a line break behind an even number of quotes ends a record;
-        none does so before `begin`.
-        """
-        end = raw.rfind(b"\n", begin) + 1
-        odd = raw.count(b'"', 0, end) % 2 if b'"' in raw else 0  # `in` takes a tenth of `count`.
-        while odd:  # Inside a quoted field, which starts at the last quote or before.
-            quote = raw.rfind(b'"', begin, end)
-            before = raw.rfind(b"\n", begin, quote) + 1 if quote >= 0 else 0
-            if not before:
-                return 0
-            odd ^= raw.count(b'"', before, end) % 2
-            end = before
-        return end
-
     def _fail_endless(self, raw: bytes, what: str, remedy: str) -> NoReturn:
         """`raw` is one record without end; something in it may be the reason."""
-        self._check_nul(raw, self._line)
+        self._check_nul(raw, self.line)
         begin = raw[: 1 << 20].removeprefix(_BOM)
-        self._canonical_irregular(begin + b'"' * (begin.count(b'"') % 2), self._line)
-        self.fail(self._line, what, remedy)
+        self._canonical_irregular(begin + b'"' * (begin.count(b'"') % 2), self.line)
+        self.fail(self.line, what, remedy)
 
     def _canonical(self, raw: bytes, line: int) -> Block:
         """One block in canonical format.
@@ -3585,16 +3597,16 @@ class Key:
         rest = rb"\n" if last == len(columns) - 1 else rb"\0.*\n"
         self._row = re.compile(rb"^" + rb"\0".join(fields) + rest, re.MULTILINE)
 
-    def of_rows(self, data: bytes, start: int = 0, end: int = CSV_LIMIT) -> list[Any]:
-        """The keys of the canonical rows in `data[start:end]`; ValueError where one is no number.
+    def of_rows(self, data: bytes) -> list[Any]:
+        """The keys of canonical rows; ValueError where one is not a number.
 
         A key is bytes, a number, or a tuple of both: whatever is fastest for these columns.
         """
-        found: list[Any] = self._row.findall(data, start, end)
-        has_breaks = data.find(_BREAK, start, end) >= 0
+        found: list[Any] = self._row.findall(data)
+        has_breaks = _BREAK in data
         if self._is_piece:
             return [key.replace(_BREAK, b"\n") for key in found] if has_breaks else found
-        if len(found) < data.count(b"\n", start, end):
+        if len(found) < data.count(b"\n"):
             raise ValueError("a key is not a whole number")
         in_file = sorted(self.indexes)
         columns: list[Any] = list(zip(*found, strict=True)) if len(in_file) > 1 else [found]
@@ -3612,22 +3624,22 @@ class Key:
         """The key of one canonical row."""
         return self.of_rows(row + b"\n")[0]
 
-    def of_block(self, block: Block, file: CsvFile, start: int, end: int) -> list[Any]:
+    def of_block(self, block: Block, file: CsvFile) -> list[Any]:
         """`of_rows`; raises DataError with the line of a row whose key is not a number."""
-        try:
-            return self.of_rows(block.data, start, end)
-        except ValueError:
-            for row in block.data[start : end - 1].split(b"\n"):
-                with contextlib.suppress(ValueError):
-                    self.of(row)
-                    start += len(row) + 1
-                    continue
+        with contextlib.suppress(ValueError):
+            return self.of_rows(block.data)
+        offset = 0
+        for row in block.data[:-1].split(b"\n"):
+            try:
+                self.of(row)
+            except ValueError:
                 file.fail(
-                    block.line_at(start),
+                    block.line_at(offset),
                     f"the key {self.show(decode_row(row))} is not a whole number (:int)",
                     "correct the value, or drop :int from the key",
                 )
-            raise
+            offset += len(row) + 1
+        raise AssertionError("every key is a number")
 
     def show(self, row: Row) -> str:
         """A row's key for a message: `studentNumber=1001, startDate=2026-01-15`."""
@@ -3638,77 +3650,132 @@ class Key:
 
 
 class OrderedRows:
-    """The rows of one side, in a window of bytes, found to ascend strictly as they are passed.
+    """The rows of one side in a window of bytes, found to ascend strictly as they are passed.
 
-    The window begins with the last row of the block before, so that each row has its neighbor.
+    The window holds the file's own bytes, so that two files which are written alike need not be
+    brought into canonical format where they are equal; or, after `make_canonical`, canonical rows.
     """
 
-    def __init__(self, csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> None:
+    def __init__(
+        self, csv_file: CsvFile, key: Key, in_order: Iterator[Block] | None = None
+    ) -> None:
         self.csv_file, self.key = csv_file, key
         self.data, self.position = b"", 0
-        self.rows = 0  # read so far
-        self._blocks = blocks
-        self._window = Block(b"", 0, 0)
+        self.rows = 0  # passed so far
+        self.is_raw = in_order is None
+        self._sorted = in_order  # blocks whose lines are forgotten
+        self._blocks = csv_file.raw_blocks()
+        self._line = csv_file.line  # of `position`
+        self._last_row, self._last_key = b"", cast("Any", None)  # of what was passed
+        self._bytes, self._piece = b"", Block(b"", 0, 0)  # what `ahead` looked at
 
     def fill(self) -> bool:
         """Make sure that a row begins at `position`; False at the end of the file."""
         if self.position < len(self.data):
             return True
-        block = next(self._blocks, None)
-        if block is None:
-            return False
-        last = self.data[self.data.rfind(b"\n", 0, -1) + 1 :]
-        line = block.line - last.count(b"\n") - last.count(_BREAK)
-        self.data, self.position = last + block.data, len(last)
-        self._window = Block(self.data, line, block.rows)
-        self.rows += block.rows
-        return True
+        self.position = 0
+        if self._sorted:
+            block = next(self._sorted, None)
+            self.data = block.data if block else b""
+        else:
+            self.csv_file.line = self._line
+            self.data = next(self._blocks, b"")
+            if self.data and not self.is_raw:
+                self.data = self.csv_file.canonical(self.data, self._line).data
+        return bool(self.data)
 
-    def check(self, end: int) -> list[Any]:
-        """The keys of the rows from `position` to `end`, each greater than the one before it."""
-        start = self.data.rfind(b"\n", 0, max(self.position - 1, 0)) + 1
-        keys = self.key.of_block(self._window, self.csv_file, start, end)
-        if not all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
-            self._refuse(start, keys)
-        return keys[1:] if start < self.position else keys
+    def make_canonical(self) -> None:
+        """From here on the window holds canonical rows, equal for equal rows."""
+        if self.is_raw:
+            rest = self.data[self.position :]
+            self.data = self.csv_file.canonical(rest, self._line).data if rest else b""
+            self.position, self.is_raw = 0, False
 
-    def ahead(self, size: int) -> tuple[list[bytes], list[Any]]:
-        """The next rows, those that begin within `size` bytes, and their keys, checked."""
-        last = min(self.position + size, len(self.data)) - 1
-        end = self.data.index(b"\n", last) + 1
-        keys = self.check(end)
-        return self.data[self.position : end - 1].split(b"\n"), keys
+    def pass_equal(self, size: int, other: OrderedRows) -> int:
+        """Pass the rows, whole ones, in the next `size` bytes, which `other` has just the same.
 
-    def take(self, rows: Sequence[bytes]) -> None:
-        """Go past the first of the rows that `ahead` gave."""
-        self.position += sum(map(len, rows)) + len(rows)
+        Checks their order; that of the other's rows needs no check: they ascend as these do, and
+        the row before them was found to be less than these.  Returns how many bytes that was.
+        """
+        equal = self.data[self.position : self.position + size]
+        end = self.csv_file.record_end(equal) if self.is_raw else equal.rfind(b"\n") + 1
+        if end:
+            block, keys = self._checked(equal[:end])
+            last = block.data[block.data.rfind(b"\n", 0, -1) + 1 : -1]
+            lines = len(keys) + block.data.count(_BREAK)
+            for side in (self, other):
+                side.position += end
+                side.rows += len(keys)
+                side._line += lines
+                side._last_row, side._last_key = last, keys[-1]
+        return end
 
-    def _refuse(self, start: int, keys: Sequence[Any]) -> NoReturn:
-        """Name the first two rows from `start` on that do not ascend."""
+    def ahead(self, size: int) -> list[Any]:
+        """The keys, checked, of the rows that begin within the next `size` bytes."""
+        end = min(self.position + size, len(self.data)) - 1
+        odd = True
+        while odd:
+            end = self.data.index(b"\n", end) + 1
+            odd = self.is_raw and self.data.count(b'"', self.position, end) % 2 == 1
+        self._bytes = self.data[self.position : end]
+        self._piece, keys = self._checked(self._bytes)
+        return keys
+
+    def take(self, keys: Sequence[Any]) -> list[bytes]:
+        """Pass the first rows that `ahead` looked at, one for each of `keys`; returns them."""
+        if not keys:
+            return []
+        rows = self._piece.data[:-1].split(b"\n")
+        rows, left = rows[: len(keys)], rows[len(keys) :]
+        breaks = _BREAK in self._piece.data
+        lines_left = len(left)
+        if breaks and self.is_raw:
+            lines_left += sum(row.count(_BREAK) for row in left)
+        self.position += len(self._bytes[:-1].rsplit(b"\n", lines_left)[0]) + 1
+        self.rows += len(rows)
+        self._line += len(rows) + (sum(row.count(_BREAK) for row in rows) if breaks else 0)
+        self._last_row, self._last_key = rows[-1], keys[-1]
+        return rows
+
+    def _checked(self, data: bytes) -> tuple[Block, list[Any]]:
+        """Rows from `position` on in canonical format, and their keys, found to ascend."""
+        if self.is_raw:
+            block = self.csv_file.canonical(data, self._line)
+        else:
+            block = Block(data, self._line, 0)
+        keys = self.key.of_block(block, self.csv_file)
+        in_order = self.rows == 0 or self._last_key < keys[0]
+        if not in_order or not all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
+            self._refuse(block, keys)
+        return block, keys
+
+    def _refuse(self, block: Block, keys: Sequence[Any]) -> NoReturn:
+        """Name the first two rows that do not ascend."""
+        rows = block.data.split(b"\n")
+        lines = list(
+            itertools.accumulate((1 + row.count(_BREAK) for row in rows), initial=block.line)
+        )
+        if self.rows:
+            keys, rows = [self._last_key, *keys], [self._last_row, *rows]
+            lines = [block.line - 1 - self._last_row.count(_BREAK), *lines]
         index = next(i for i in range(1, len(keys)) if not keys[i - 1] < keys[i])
-        rows = self.data[start:].split(b"\n", index + 1)
-        before, row = (decode_row(row) for row in rows[index - 1 : index + 1])
-        offset = start + sum(map(len, rows[: index - 1])) + index - 1
-        lines = [self._window.line_at(at) for at in (offset, offset + len(rows[index - 1]) + 1)]
+        found = lines[index - 1 : index + 1]
+        before, row = (self.key.show(decode_row(row)) for row in rows[index - 1 : index + 1])
         if keys[index - 1] == keys[index]:
-            if self._window.line < 1:  # They were sorted: their lines are forgotten.
-                lines = self._lines_of(keys[index])
-            self._refuse_duplicate(row, lines)
+            if self._sorted:
+                found = self._lines_of(keys[index])
+            place, which = "", "two rows"
+            if found:
+                place, which = f":{found[1]}", f"lines {found[0]} and {found[1]}"
+            raise DataError(
+                f"{self.csv_file.shown}{place}: {which} have the same key {row}",
+                "add the column that tells them apart to the key, or return only one row per key",
+            )
         self.csv_file.fail(
-            lines[1],
-            f"not sorted: line {lines[0]} has the key {self.key.show(before)}, line {lines[1]} has "
-            f"{self.key.show(row)}",
+            found[1],
+            f"not sorted: line {found[0]} has the key {before}, line {found[1]} has {row}",
             "sort by the key, compared as code points (on SQL Server: ORDER BY ... COLLATE "
             'Latin1_General_BIN2), or set sort="true" (for diff: --sort)',
-        )
-
-    def _refuse_duplicate(self, row: Row, lines: Sequence[int]) -> NoReturn:
-        place, which = "", "two rows"
-        if lines:
-            place, which = f":{lines[1]}", f"lines {lines[0]} and {lines[1]}"
-        raise DataError(
-            f"{self.csv_file.shown}{place}: {which} have the same key {self.key.show(row)}",
-            "add the column that tells them apart to the key, or return only one row per key",
         )
 
     def _lines_of(self, key: object) -> list[int]:
@@ -3737,8 +3804,8 @@ class Sorter:
     in a field is \x0b\x01 there, so that it sorts between \t and \x0b (which is \x0b\x02).
     """
 
-    def __init__(self, csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> None:
-        self._csv_file, self._blocks, self._key = csv_file, blocks, key
+    def __init__(self, csv_file: CsvFile, key: Key) -> None:
+        self._csv_file, self._key = csv_file, key
         self._runs: list[list[int]] = []  # offset and end of what is left of each, in the file
 
     def blocks(self) -> Generator[Block, None, None]:
@@ -3747,7 +3814,7 @@ class Sorter:
             run: list[str] = []
             size = 0
             file: IO[bytes] | None = None
-            for block in self._blocks:
+            for block in self._csv_file.blocks():
                 run += self._lines(block)
                 size += len(block.data) + 58 * block.rows  # what Python adds to a text in a list
                 if size >= SORT_BYTES:
@@ -3766,7 +3833,7 @@ class Sorter:
         del lines[-1]
         if self._key.begins_row:
             return lines
-        keys = self._key.of_block(block, self._csv_file, 0, len(block.data))
+        keys = self._key.of_block(block, self._csv_file)
         single = len(self._key.indexes) == 1 or isinstance(keys[0], bytes)
         forms = map(self._form, keys) if single else ("\0".join(map(self._form, k)) for k in keys)
         return list(map("%s\0%s".__mod__, zip(forms, lines, strict=True)))
@@ -4200,11 +4267,10 @@ def diff(
         key = Key(sql_diff.key, columns, shown[1])
         sides = []
         for file in files:
-            blocks = file.blocks()
+            in_order = None
             if sql_diff.sort:
-                in_order = Sorter(file, blocks, key).blocks()
-                blocks = stack.enter_context(contextlib.closing(in_order))
-            sides.append(OrderedRows(file, blocks, key))
+                in_order = stack.enter_context(contextlib.closing(Sorter(file, key).blocks()))
+            sides.append(OrderedRows(file, key, in_order))
         comparison = Comparison(sql_diff, columns, key)
         formats = FormatDifferences(sql_diff, key, columns)
         names = (f"{side}_{name}" for side in ("before", "after") for name in columns)
@@ -4269,49 +4335,39 @@ def merge(source: OrderedRows, target: OrderedRows, width: int) -> Iterator[list
     Stretches of equal rows are equal bytes: they are found by comparing memory and passed without
     looking at a single row.  Where stretches are short, rows are compared by the block; where they
     are long, a few at a time.
-
-    The order of the target's rows needs no check inside an equal stretch: they ascend as the
-    source's do, and the row before them was found to be less than the source's first of them.
     """
     size = NEAR_BYTES
-    passed = 0  # since the last difference
+    passed = 0  # bytes since the last difference
     while source.fill() and target.fill():
         same = common_prefix(source.data, source.position, target.data, target.position)
-        end = source.data.rfind(b"\n", source.position, source.position + same) + 1
-        if end:
-            source.check(end)
-            passed += end - source.position
-            target.position += end - source.position
-            source.position = end
+        if same and (end := source.pass_equal(same, target)):
+            passed += end
             continue
         size = min(4 * size, BLOCK_BYTES) if passed < 4 * NEAR_BYTES else NEAR_BYTES
         passed = 0
-        (ours, our_keys), (theirs, their_keys) = source.ahead(size), target.ahead(size)
+        our_keys, their_keys = source.ahead(size), target.ahead(size)
         # What comes behind the last key of one side may have its other half there.
         if our_keys[-1] < their_keys[-1]:
-            del theirs[(count := bisect.bisect_right(their_keys, our_keys[-1])) :]
-            del their_keys[count:]
-        elif our_keys[-1] > their_keys[-1]:
-            del ours[(count := bisect.bisect_right(our_keys, their_keys[-1])) :]
-            del our_keys[count:]
-        source.take(ours)
-        target.take(theirs)
-        yield _changes((ours, our_keys), (theirs, their_keys), width)
-    for side in (source, target):
-        while side.fill():
-            rows, keys = side.ahead(BLOCK_BYTES)
-            side.take(rows)
-            none: tuple[list[bytes], list[Any]] = [], []
-            sides = ((rows, keys), none) if side is source else (none, (rows, keys))
-            yield _changes(*sides, width)
+            del their_keys[bisect.bisect_right(their_keys, our_keys[-1]) :]
+        else:
+            del our_keys[bisect.bisect_right(our_keys, their_keys[-1]) :]
+        ours, theirs = source.take(our_keys), target.take(their_keys)
+        if ours[:1] == theirs[:1]:  # The files are written differently: compare what they mean.
+            source.make_canonical()
+            target.make_canonical()
+        yield _changes(our_keys, ours, their_keys, theirs, width)
+    while source.fill():
+        keys = source.ahead(BLOCK_BYTES)
+        yield _changes(keys, source.take(keys), [], [], width)
+    while target.fill():
+        keys = target.ahead(BLOCK_BYTES)
+        yield _changes([], [], keys, target.take(keys), width)
 
 
 def _changes(
-    source: tuple[list[bytes], list[Any]], target: tuple[list[bytes], list[Any]], width: int
+    our_keys: list[Any], ours: list[bytes], their_keys: list[Any], theirs: list[bytes], width: int
 ) -> list[bytes]:
-    """The changes between rows (and their keys), of each side all between the same two keys."""
-    ours, our_keys = source
-    theirs, their_keys = target
+    """The changes between rows of which each side has all that lie between the same two keys."""
     update, insert = itertools.repeat(b"update"), b"insert\0" + b"\0" * width
     if our_keys == their_keys:
         changes = zip(update, theirs, ours, strict=False)
@@ -4325,6 +4381,8 @@ def _changes(
     ]
     if rest:  # the rows that only the target has
         deletes = [b"delete\0%b\0" % before + b"\0" * (width - 1) for before in rest.values()]
+        if not found:
+            return deletes
         keys = [*itertools.compress(our_keys, differ), *rest]
         by_key = sorted(zip(keys, found + deletes, strict=True), key=operator.itemgetter(0))
         found = [change for _, change in by_key]
