@@ -126,6 +126,8 @@ CANCEL_SECONDS = 30.0  # A database may take this long to give up a call.
 RETRY_ATTEMPTS = 4
 RETRY_SECONDS = 2.0  # The first pause; each further one is twice as long.
 
+STORE_SERVICE = "sgsync"  # under which the system's password store keeps the secrets
+
 SCRIPT = Path(__file__).resolve()
 FROZEN = bool(getattr(sys, "frozen", False))
 PROGRAM = (sys.executable,) if FROZEN else (sys.executable, str(SCRIPT))  # starts sgsync
@@ -480,11 +482,12 @@ class Parse:
         return Parse.matching("|".join(words), f"is not one of {', '.join(words)}")
 
     _NAME = r"[A-Za-z][A-Za-z0-9_$#]{0,127}"
-    _PART = r'(?:[A-Za-z_][\w$#@]*|\[[^\[\]]+\]|"[^"]+")'
+    IDENTIFIER = r'(?:[A-Za-z_][\w$#@]*|\[[^\[\]]+\]|"[^"]+")'
     column = matching(_NAME, "is not a valid column name")
     table = matching(rf"(?:{_NAME}\.)?{_NAME}", "is not a valid table name")
     procedure = matching(
-        rf"{_PART}(?:\.{_PART}){{0,3}}", "is not a valid procedure name such as dbo.sg_iep_upsert"
+        rf"{IDENTIFIER}(?:\.{IDENTIFIER}){{0,3}}",
+        "is not a valid procedure name such as dbo.sg_iep_upsert",
     )
     web_address = matching(r"(?i:https?)://[^\s/?#]\S*", "is not an http:// or https:// address")
     address = matching(
@@ -1129,7 +1132,7 @@ class Placeholders:
                 f"pip install keyring, or {other}",
             ) from None
         try:
-            found = keyring.get_password("sgsync", name)
+            found = keyring.get_password(STORE_SERVICE, name)
         except keyring.errors.KeyringError as error:
             raise ConfigError(
                 f"{entry} cannot be read: {one_line(error)}",
@@ -1138,7 +1141,7 @@ class Placeholders:
         if not found:
             raise ConfigError(
                 f"{entry} is {'not set' if found is None else 'empty'}",
-                f"store it: keyring set sgsync {name}",
+                f"store it: {command_line([*PROGRAM, 'secret', 'set', name])}",
             )
         return found
 
@@ -7762,6 +7765,659 @@ class Trust:
             )
 
 
+# ---------------------------------------------------------------------- SQL scripts: SqlScript
+#
+# Given: the text of a script, and the product that it is for.
+# Gives: its batches, and the procedures that it defines.
+# Raises: ConfigError where the file cannot be read.
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A part of a script that is sent at once, `times` times; its first line is `line`."""
+
+    text: str
+    line: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A procedure or function as a script or a database has it.
+
+    SQL Server keeps the whole statement, PostgreSQL the body; None where that cannot be told.
+    """
+
+    name: str
+    line: int
+    text: SqlScript | None
+
+
+class SqlScript:
+    r"""A script with `GO` between its batches, as sqlcmd and Management Studio read it.
+
+        SqlScript("SELECT 1\nGO 2\nSELECT 'a\nGO\nb'", MSSQL).batches()
+            == [Batch("SELECT 1\n", 1, 2), Batch("SELECT 'a\nGO\nb'", 3, 1)]
+
+    GO stands alone on its line, perhaps with how many times the batch is to run, and outside
+    comments, strings and quoted names.  Source: Microsoft, "SQL Server utilities statements - GO".
+    """
+
+    GO = re.compile(r"(?im)^[ \t]*GO(?:[ \t]+([0-9]{1,4}))?[ \t\r]*$")
+    NAME = rf"{Parse.IDENTIFIER}(?:\s*\.\s*{Parse.IDENTIFIER})*"
+    DEFINES = re.compile(
+        r"(?i)(?<!\w)(?:CREATE(?:\s+OR\s+(?:ALTER|REPLACE))?|ALTER)\s+"
+        rf"(?:PROC(?:EDURE)?|FUNCTION)\s+({NAME})"
+    )
+    # An open one reaches to the end.
+    STRING = r"'(?:[^']|'')*(?:'|\Z)"
+    QUOTED_NAME = r'"(?:[^"]|"")*(?:"|\Z)'
+    LEXEMES: typing.ClassVar = {
+        MSSQL: rf"(?P<string>{STRING})|(?P<name>{QUOTED_NAME}|\[(?:[^\]]|\]\])*(?:\]|\Z))",
+        POSTGRESQL: r"(?P<string>(?P<tag>\$(?:[^\W\d]\w*)?\$)(?s:.*?)(?:(?P=tag)|\Z)"
+        rf"|(?<!\w)[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)|{STRING})|(?P<name>{QUOTED_NAME})",
+    }
+    LEXEMES[""] = rf"(?P<string>{STRING})|(?P<name>{QUOTED_NAME}|`[^`]*(?:`|\Z))"
+
+    def __init__(self, text: str, product: str) -> None:
+        self.text, self.product = text, product
+        self.strings: list[tuple[int, int]] = []
+        # Of the same length: comments are blank, no line of a string or a quoted name is GO.
+        self.code = self._code()
+
+    @classmethod
+    def read(cls, path: Path, product: str) -> SqlScript:
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read: {error.strerror}",
+                f"copy {path.name}, which came with sgsync, into that folder",
+            ) from None
+        utf_16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        try:
+            return cls(raw.decode("utf-16" if utf_16 else "utf-8-sig"), product)
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise ConfigError(
+                f"{path}:{line}: neither UTF-8 nor UTF-16", "save the file as UTF-8"
+            ) from None
+
+    def batches(self) -> list[Batch]:
+        """Those that contain code, in order."""
+        found, start = [], 0
+        ends = [(go.start(), go.end(), int(go[1] or 1)) for go in self.GO.finditer(self.code)]
+        for end, following, times in [*ends, (len(self.text), len(self.text), 1)]:
+            code = self.code[start:end]
+            if code.strip():
+                start += len(code) - len(code.lstrip("\r\n"))
+                line = self.text.count("\n", 0, start) + 1
+                found.append(Batch(self.text[start:end], line, times))
+            start = following
+        return found
+
+    def definitions(self) -> list[Definition]:
+        """The procedures and functions that the script defines; of several, the last one counts."""
+        found: dict[str, Definition] = {}
+        for batch in self.batches():
+            script = SqlScript(batch.text, self.product)
+            for match in self.DEFINES.finditer(script.code):
+                line = batch.line + script.text.count("\n", 0, match.start())
+                text = script.defined(match)
+                if self.product == POSTGRESQL or not script.code[: match.start()].strip():
+                    found[match[1]] = Definition(match[1], line, text)
+        return list(found.values())
+
+    def defined(self, match: re.Match[str]) -> SqlScript | None:
+        """What the database keeps of the definition whose head is `match`."""
+        if self.product != POSTGRESQL:
+            return SqlScript(self.text[match.start() :], self.product)
+        following = self.DEFINES.search(self.code, match.end())
+        end = following.start() if following else len(self.code)
+        for start, stop in self.strings:
+            head = self.code[match.end() : start].split()
+            if match.end() <= start < end and head and head[-1].upper() == "AS":
+                text = self.text[start:stop]
+                tag = re.match(r"\$\w*\$", text)
+                body = text.strip("eE'").replace("''", "'") if tag is None else ""
+                if tag:
+                    body = text[tag.end() :].removesuffix(tag[0])
+                return SqlScript(body, self.product)
+        return None
+
+    def comparable(self) -> str:
+        """The script without what changes nothing: comments, white space, CREATE or ALTER."""
+        words = [self.text[m.start() : m.end()] for m in re.finditer(r"\S+", self.code)]
+        head = r"(?i)^(?:CREATE(?: OR ALTER)?|ALTER) PROC(?:EDURE)?(?= )"
+        return re.sub(head, "CREATE PROCEDURE", " ".join(words)).replace("\r\n", "\n").rstrip("; ")
+
+    def _code(self) -> str:
+        lexemes = self.LEXEMES.get(self.product, self.LEXEMES[""])
+        pattern = re.compile(rf"{lexemes}|(?P<comment>--[^\n]*|/\*)")
+        pieces, position = [], 0
+        while match := pattern.search(self.text, position):
+            pieces.append(self.text[position : match.start()])
+            end = match.end()
+            if match[0] == "/*":
+                end = self._end_of_comment(end)
+            whole = self.text[match.start() : end]
+            if match["comment"]:
+                pieces.append(re.sub(r"[^\n]", " ", whole))
+            elif match["name"]:
+                pieces.append(re.sub(r"\s", "_", whole))
+            else:
+                self.strings.append((match.start(), end))
+                pieces.append("'" + "x" * (len(whole) - 2) + "'" * (len(whole) > 1))
+            position = end
+        return "".join([*pieces, self.text[position:]])
+
+    def _end_of_comment(self, position: int) -> int:
+        """Comments nest, on SQL Server and on PostgreSQL."""
+        depth = 1
+        for mark in re.compile(r"/\*|\*/").finditer(self.text, position):
+            depth += 1 if mark[0] == "/*" else -1
+            if not depth:
+                return mark.end()
+        return len(self.text)
+
+
+# ---------------------------------------------------------------------- database: Catalog
+#
+# Given: an open database.
+# Gives: its procedures, and what is wrong with the call of one; the first rows of a query.
+# Raises: DatabaseError.
+
+
+@dataclasses.dataclass(frozen=True)
+class Routine:
+    """A procedure (or what is mistaken for one) in a database."""
+
+    schema: str
+    name: str
+    kind: str  # 'f' is a function
+    parameters: int
+    optional: int  # of them, at the end
+    variadic: bool
+    in_path: bool  # found without its schema
+    executable: bool
+    text: str | None  # None where the database does not show it
+
+    def takes(self, count: int) -> bool:
+        """Whether it can be called with so many values."""
+        fewest = self.parameters - self.optional - self.variadic
+        return count >= fewest and (self.variadic or count <= self.parameters)
+
+
+class Catalog:
+    """The procedures of a database."""
+
+    # Every query gives the fields of Routine.
+    QUERIES: typing.ClassVar = {
+        MSSQL: """SELECT s.name, o.name, RTRIM(o.type),
+    (SELECT COUNT(*) FROM {0}sys.parameters AS p
+     WHERE p.object_id = o.object_id AND p.parameter_id > 0),
+    0, CASE o.type WHEN 'SN' THEN 1 ELSE 0 END,
+    CASE WHEN s.name IN (SCHEMA_NAME(), 'dbo') THEN 1 ELSE 0 END,
+    COALESCE(HAS_PERMS_BY_NAME({1}QUOTENAME(s.name) + '.' + QUOTENAME(o.name), 'OBJECT',
+        'EXECUTE'), 1),
+    m.definition
+FROM {0}sys.objects AS o
+    INNER JOIN {0}sys.schemas AS s ON s.schema_id = o.schema_id
+    LEFT JOIN {0}sys.sql_modules AS m ON m.object_id = o.object_id
+WHERE o.type IN ('P', 'PC', 'X', 'SN')""",
+        POSTGRESQL: """SELECT n.nspname, p.proname, CAST(p.prokind AS text),
+    COALESCE(CARDINALITY(p.proallargtypes), p.pronargs), p.pronargdefaults,
+    CAST(p.provariadic <> 0 AS integer), CAST(pg_function_is_visible(p.oid) AS integer),
+    CAST(has_function_privilege(p.oid, 'EXECUTE')
+        AND has_schema_privilege(n.oid, 'USAGE') AS integer),
+    p.prosrc
+FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+WHERE p.prokind IN ('p', 'f') AND n.nspname NOT IN ('pg_catalog', 'information_schema')""",
+        "": """SELECT routine_schema, routine_name, 'p',
+    (SELECT COUNT(*) FROM information_schema.parameters AS p
+     WHERE p.specific_schema = r.routine_schema AND p.specific_name = r.specific_name
+        AND p.ordinal_position > 0),
+    0, 0, CASE WHEN routine_schema = DATABASE() THEN 1 ELSE 0 END, 1, routine_definition
+FROM information_schema.routines AS r WHERE routine_type = 'PROCEDURE'""",
+    }
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._known: dict[str, list[Routine]] = {}
+
+    def find(self, name: str) -> list[Routine]:
+        """What a call of `name` may reach; several where PostgreSQL has several of that name."""
+        parts = [self._plain(part) for part in re.findall(Parse.IDENTIFIER, name)]
+        routines = self._routines(parts[:-2])
+        schema = parts[-2] if len(parts) > 1 else ""
+        return [
+            routine
+            for routine in routines
+            if self._folded(routine.name) == parts[-1]
+            and (self._folded(routine.schema) == schema if schema else routine.in_path)
+        ]
+
+    def fault(self, name: str, passes: int | None) -> str:
+        """Why a call of `name` with so many values (None: any number) must fail, or ''."""
+        found = self.find(name)
+        procedures = [routine for routine in found if routine.kind != "f"]
+        if not found:
+            hidden = ", or this login may not execute it" if self.database.name == MSSQL else ""
+            return f"it does not exist{hidden}"
+        if not procedures:
+            return "it is a function, not a procedure"
+        if not any(routine.executable for routine in procedures):
+            return "this login may not execute it"
+        if passes is not None and not any(routine.takes(passes) for routine in procedures):
+            takes = " or ".join(sorted({str(routine.parameters) for routine in procedures}))
+            noun = "parameter" if takes == "1" else "parameters"
+            return f"it takes {takes} {noun}, but config.xml passes {passes}"
+        return ""
+
+    def first_rows(self, subject: str, sql: str, count: int) -> tuple[Row, list[Sequence[object]]]:
+        """The columns of a query, and its first rows, `count` at most."""
+        columns, blocks = self.database.query(subject, sql)
+        rows: list[Sequence[object]] = []
+        for block in blocks:
+            rows += block
+            if len(rows) >= count:
+                break
+        return columns, rows[:count]
+
+    def _routines(self, place: Sequence[str]) -> list[Routine]:
+        """All of this database, or of the one that the first parts of a name tell."""
+        prefix = "".join(f"[{part.replace(']', ']]')}]." for part in place)
+        if prefix not in self._known:
+            sql = self.QUERIES.get(self.database.name, self.QUERIES[""])
+            if self.database.name == MSSQL:
+                quoted = prefix.replace("'", "''")
+                sql = sql.format(prefix, f"N'{quoted}' + " if prefix else "")
+            _, rows = self.first_rows("the list of procedures", sql, 1_000_000)
+            self.database.rollback()
+            self._known[prefix] = [self._routine(row) for row in rows]
+        return self._known[prefix]
+
+    def _routine(self, row: Sequence[Any]) -> Routine:
+        schema, name, kind, parameters, optional, variadic, in_path, executable, text = row
+        if self.database.name == MSSQL:
+            optional = self._optional(text, parameters)
+        return Routine(
+            str(schema), str(name), str(kind), int(parameters), int(optional), bool(variadic),
+            bool(in_path), bool(executable), text if text is None else str(text),
+        )  # fmt: skip
+
+    @staticmethod
+    def _optional(text: str | None, parameters: int) -> int:
+        """How many parameters have a default: SQL Server tells only by the text of the procedure.
+
+        Where that leaves it open, all may have one.
+        """
+        script = SqlScript(text or "", MSSQL)
+        head = SqlScript.DEFINES.search(script.code)
+        body = re.compile(r"(?im)^\s*AS\b").search(script.code, head.end()) if head else None
+        return script.code.count("=", head.end(), body.start()) if head and body else parameters
+
+    def _plain(self, part: str) -> str:
+        """A part of a name, compared as the database compares it."""
+        if part[0] in '["':
+            part = part[1:-1]
+            return part if self.database.name == POSTGRESQL else part.lower()
+        return part.lower()
+
+    def _folded(self, name: str) -> str:
+        return name if self.database.name == POSTGRESQL else name.lower()
+
+
+# ---------------------------------------------------------------------- command: procedures
+#
+# Given: config.xml, the database, and a script that defines procedures.
+# Gives: a table of the procedures; on request the script is run, or compared with the database.
+# Raises: DatabaseError for a missing procedure, a refused batch.
+
+
+@dataclasses.dataclass(kw_only=True)
+class ProceduresOptions(Options):
+    install: bool = False
+    diff: bool = False
+    yes: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProceduresConfig(Config):
+    """What `procedures` uses of config.xml."""
+
+    database: DatabaseSettings = dataclasses.field(metadata={"element": "Database"})
+    sql_diffs: tuple[SqlDiff, ...] = dataclasses.field(metadata={"element": "Download"})
+    statements: tuple[Statement, ...] = dataclasses.field(
+        default=(), metadata={"element": "Upload"}
+    )
+
+
+def procedures_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--install", action="store_true",
+        help="run procedures.local.sql, or procedures.sql where there is none: all of it or, after "
+        "an error, nothing",
+    )  # fmt: skip
+    what.add_argument(
+        "--diff", action="store_true",
+        help="list the definitions in that file that the database has in another form; with "
+        "--verbose, show what differs",
+    )  # fmt: skip
+    parser.add_argument("--yes", action="store_true", help="with --install: do not ask")
+    parser.set_defaults(run=run_procedures, kind=ProceduresOptions)
+    return parser
+
+
+def run_procedures(options: ProceduresOptions) -> int:
+    """List, install, or compare the procedures."""
+    config = load_config(options.config, ProceduresConfig)
+    keep_secret(config.secrets)
+    with Database(config.database) as database:
+        database.connect()
+        command = Procedures(options, config, database)
+        if options.diff:
+            return command.compare()
+        if options.install:
+            command.install()
+        return command.show()
+
+
+@dataclasses.dataclass
+class NamedProcedure:
+    """A procedure that config.xml names; `passes` is how many values each call has."""
+
+    name: str
+    passes: list[int | None] = dataclasses.field(default_factory=list)
+    used_by: list[str] = dataclasses.field(default_factory=list)
+
+
+def named_procedures(
+    sql_diff: SqlDiff, columns: Row | None
+) -> Iterator[tuple[str, str, int | None]]:
+    """Operation, procedure, and how many values its calls have, None if only `columns` tells."""
+    for operation, call in sql_diff.calls.items():
+        if call.procedure:
+            passed: Sequence[str] | None = call.parameters or columns
+            if operation == DELETE and not call.parameters:
+                passed = sql_diff.key or columns
+            yield operation, call.procedure, None if passed is None else len(passed)
+
+
+class Procedures:
+    """The procedures of one district."""
+
+    ERRORS = 20  # Nobody reads on.
+
+    def __init__(
+        self, options: ProceduresOptions, config: ProceduresConfig, database: Database
+    ) -> None:
+        self.options, self.config, self.database = options, config, database
+        self.catalog = Catalog(database)
+        local = options.home / "procedures.local.sql"
+        self.path = local if os.path.lexists(local) else options.home / "procedures.sql"
+
+    def show(self) -> int:
+        """Print what config.xml names and what the database has; 4 where a call must fail."""
+        lines, faulty = [], []
+        for named in self._named():
+            takes = sorted({found.parameters for found in self.catalog.find(named.name)})
+            faults = dict.fromkeys(
+                self.catalog.fault(named.name, count) for count in named.passes or [None]
+            )
+            fault = "; ".join(filter(None, faults))
+            lines.append({
+                "procedure": named.name,
+                "state": "found" if takes else "missing",
+                "takes": " or ".join(map(str, takes)),
+                "passed": " or ".join(map(str, dict.fromkeys(named.passes))),
+                "used_by": ", ".join(named.used_by),
+                "fault": fault,
+            })  # fmt: skip
+            if fault:
+                faulty.append(f"{named.name}: {fault}")
+        self._print(lines)
+        if not faulty:
+            return 0
+        error = DatabaseError(
+            f"{plural(len(faulty), 'procedure')} cannot be called:\n" + "\n".join(faulty),
+            f"install them:\n{self.options.typed('procedures', '--install')}\n"
+            "or grant EXECUTE on them to the user of sgsync, or correct config.xml",
+        )
+        log.error("%s", error)
+        return error.exit_code
+
+    def install(self) -> None:
+        """Run the script in one transaction."""
+        script = SqlScript.read(self.path, self.database.name)
+        batches = script.batches()
+        if not batches:
+            raise ConfigError(f"{self.path}: contains no SQL", "restore the file")
+        if not self.options.yes:
+            say(f"{self.path}: {plural(len(batches), 'batch').replace('batchs', 'batches')} for "
+                f"{self._place()}")  # fmt: skip
+            agreed = agree("Run it?", self.options.typed("procedures", "--install", "--yes"))
+            if not agreed:
+                raise ConfigError("nothing was changed", "")
+        errors = self._run(batches)
+        if errors:
+            self.database.close()
+            raise DatabaseError(
+                f"{self.path}: {plural(len(errors), 'error')}, all was rolled back:\n"
+                + "\n".join(errors),
+                "correct the file; if it says that a permission is missing, have the database's "
+                "administrator run the file",
+            )
+        self.database.commit()
+        log.info("%s: installed in %s", self.path, self._place())
+
+    def compare(self) -> int:
+        """Print which definitions of the script the database has otherwise, or not at all."""
+        script = SqlScript.read(self.path, self.database.name)
+        lines = []
+        for wanted in script.definitions():
+            found = self.catalog.find(wanted.name)
+            texts = [routine.text for routine in found]
+            state, kept = "missing" if not found else "differs", None
+            if found and (wanted.text is None or not all(texts)):
+                state = "cannot be compared"
+            elif wanted.text:
+                scripts = [self._kept(text) for text in texts if text]
+                kept = next(iter(scripts), None)
+                if any(wanted.text.comparable() == each.comparable() for each in scripts):
+                    state = "same"
+            line = {
+                "procedure": wanted.name,
+                "state": state,
+                "line": f"{self.path.name}:{wanted.line}",
+            }
+            if state == "differs" and self.options.verbose and kept and wanted.text:
+                line["diff"] = "\n".join(
+                    difflib.unified_diff(
+                        [text.rstrip() for text in kept.text.strip().splitlines()],
+                        [text.rstrip() for text in wanted.text.text.strip().splitlines()],
+                        "database", line["line"], lineterm="",
+                    )
+                )  # fmt: skip
+            lines.append(line)
+        self._print(lines)
+        return 0
+
+    def _named(self) -> list[NamedProcedure]:
+        """Those of the SQLDiffs, then those of <Upload>."""
+        found: dict[str, NamedProcedure] = {}
+        for sql_diff in self.config.sql_diffs:
+            columns = None
+            if any(count is None for _, _, count in named_procedures(sql_diff, None)):
+                subject = f"{sql_diff.file}: the query ({sql_diff.where})"
+                columns, _ = self.catalog.first_rows(subject, sql_diff.query, 0)
+                self.database.rollback()
+            for operation, name, count in named_procedures(sql_diff, columns):
+                named = found.setdefault(name, NamedProcedure(name))
+                named.passes.append(count)
+                named.used_by.append(f"{sql_diff.file} {operation}")
+        for statement in self.config.statements:
+            call = re.match(rf"(?i)\{{\s*call\s+({SqlScript.NAME})", statement.sql)
+            if call:
+                named = found.setdefault(call[1], NamedProcedure(call[1]))
+                named.used_by.append(f"<SQL> {statement.where}")
+        return list(found.values())
+
+    def _place(self) -> str:
+        sql = {MSSQL: "SELECT DB_NAME()", POSTGRESQL: "SELECT current_database()"}
+        name = self.database.name
+        if name not in sql:
+            return one_line(name)
+        _, rows = self.catalog.first_rows("the database", sql[name], 1)
+        self.database.rollback()
+        return f"the database {one_line(rows[0][0])} ({name})"
+
+    def _run(self, batches: Sequence[Batch]) -> list[str]:
+        """Run them in a transaction, left open; returns the errors, each with its place.
+
+        After an error all is undone and the other batches are run again, to find their errors, too:
+        no driver is to be trusted with a savepoint.
+        """
+        failed: dict[int, str] = {}
+        while len(failed) < self.ERRORS:
+            index = 0
+            try:
+                for index, batch in enumerate(batches):
+                    for _ in range(0 if index in failed else batch.times):
+                        self.database.execute("a batch", batch.text)
+                return list(failed.values())
+            except DatabaseError as error:
+                self.database.close()  # Undoes it, even where the script has turned execution off.
+                batch, message = batches[index], error.message.removeprefix("a batch: ")
+                failed[index] = f"{self.path.name}:{self._line(batch, message)}: {message}"
+                if error.transient or "NOEXEC" in batch.text.upper():  # else it guards the rest
+                    break
+            self.database.connect()
+        return list(failed.values())
+
+    @staticmethod
+    def _line(batch: Batch, message: str) -> str:
+        """The line that has what the message quotes, if only one has; else those of the batch.
+
+        No driver tells the line.
+        """
+        lines = batch.text.rstrip().split("\n")
+        for quoted in re.findall(r"['\"]([^'\"]+)['\"]", message):
+            word = re.compile(rf"(?<!\w){re.escape(quoted)}(?!\w)")
+            having = [number for number, line in enumerate(lines) if word.search(line)]
+            if len(having) == 1:
+                return str(batch.line + having[0])
+        return f"{batch.line}-{batch.line + len(lines) - 1}" if lines[1:] else str(batch.line)
+
+    def _kept(self, text: str) -> SqlScript:
+        """A definition as the database has it, from its head on."""
+        script = SqlScript(text, self.database.name)
+        head = SqlScript.DEFINES.search(script.code)
+        if self.database.name == POSTGRESQL or not head:
+            return script
+        return SqlScript(text[head.start() :], self.database.name)
+
+    def _print(self, lines: Sequence[Mapping[str, str]]) -> None:
+        if self.options.json:
+            print_json(lines)
+            return
+        shown = [name for name in ("procedure", "state", "takes", "passed", "used_by", "line")
+                 if any(name in line for line in lines)]  # fmt: skip
+        heads = {"takes": "parameters", "passed": "passed", "used_by": "used by"}
+        rows = [[heads.get(name, name) for name in shown]]
+        rows += [[printable(line[name]) for name in shown] for line in lines]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row, line in zip(rows, [{}, *lines], strict=True):
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
+            for text in line.get("diff", "").splitlines():
+                print(f"    {printable(text)}")
+
+
+# ---------------------------------------------------------------------- command: secret
+#
+# Given: a name, and a secret from a person or from standard input.
+# Gives: the secret in the system's password store, for ${keyring:NAME} in config.xml.
+# Raises: ConfigError.
+
+
+@dataclasses.dataclass(kw_only=True)
+class SecretOptions(Options):
+    action: str
+    name: str
+    stdin: bool = False
+
+
+def secret_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("action", choices=("set", "delete"), metavar="set|delete", help="store it or delete it")
+    add("name", metavar="NAME", help="as in ${keyring:NAME}")
+    add("--stdin", action="store_true", help="with set: read one line instead of asking twice")
+    parser.set_defaults(run=run_secret, kind=SecretOptions)
+    return parser
+
+
+def run_secret(options: SecretOptions) -> int:
+    """Store or delete a secret of the account that runs this."""
+    if not re.fullmatch(r"[^${}\s](?:[^${}]{0,198}[^${}\s])?", options.name):
+        raise ConfigError(
+            f"'{shortened(one_line(options.name))}' cannot be the name of a secret",
+            "use letters and digits, such as sis_password",
+        )
+    try:
+        import keyring
+        import keyring.errors
+    except ImportError:
+        install = command_line([sys.executable, "-m", "pip", "install", "keyring"])
+        raise ConfigError(
+            "the password store cannot be used: the keyring package is not installed",
+            f"install it:\n{install}",
+        ) from None
+    store = f"{keyring.get_keyring().name} of the account {account_name()}"
+    try:
+        if options.action == "delete":
+            if keyring.get_password(STORE_SERVICE, options.name) is None:
+                raise ConfigError(f"{options.name}: there is no such secret in {store}")
+            keyring.delete_password(STORE_SERVICE, options.name)
+            log.info("%s: deleted from %s", options.name, store)
+            return 0
+        keyring.set_password(STORE_SERVICE, options.name, _new_secret(options))
+    except keyring.errors.KeyringError as error:
+        raise ConfigError(
+            f"{options.name}: the password store refused: {one_line(error)}",
+            "use a password store that this account can open without a desktop session, or "
+            "${file:PATH} or ${env:NAME} instead",
+        ) from None
+    log.info("%s: stored in %s; write ${keyring:%s} in config.xml",
+             options.name, store, options.name)  # fmt: skip
+    return 0
+
+
+def _new_secret(options: SecretOptions) -> str:
+    """From standard input, or from a person, twice; never shown."""
+    if options.stdin:
+        line = sys.stdin.readline() if sys.stdin else ""
+        first = second = line.rstrip("\r\n")
+    elif sys.stdin and sys.stdin.isatty() and sys.stderr.isatty():
+        first = getpass.getpass(f"{options.name}: ", sys.stderr)
+        second = getpass.getpass("again: ", sys.stderr)
+    else:
+        raise ConfigError(
+            "nobody can be asked: this is not a terminal; nothing was stored",
+            "pass the secret on standard input: --stdin",
+        )
+    keep_secret([first])
+    if not first:
+        raise ConfigError(f"{options.name}: the secret is empty; nothing was stored")
+    if first != second:
+        raise ConfigError(
+            f"{options.name}: the two entries differ; nothing was stored", "enter it again"
+        )
+    return first
+
+
 # ---------------------------------------------------------------------- command: history
 #
 # Given the folders of the runs that are kept; gives a table of them, one of them, what happened to
@@ -8055,6 +8711,26 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
         diff_arguments,
         "compare two CSV files",
         "What would have to be inserted, updated and deleted in B to make it A.",
+    ),
+    "procedures": (
+        procedures_arguments,
+        "list, install, or compare the stored procedures",
+        """List the procedures that config.xml names, and whether the database has them.
+
+Changes nothing without --install, which runs the script in the database.  For example:
+  sgsync.py procedures
+  sgsync.py procedures --install
+  sgsync.py procedures --diff --verbose""",
+    ),
+    "secret": (
+        secret_arguments,
+        "store a password in the system's password store",
+        """Store a secret for ${keyring:NAME} in config.xml, or delete it.
+
+Run it as the account that runs the job: each account has a store of its own.  Changes only that
+store.  For example:
+  sgsync.py secret set sis_password
+  sgsync.py secret delete sis_password""",
     ),
     "trust": (
         trust_arguments,

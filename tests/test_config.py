@@ -1090,12 +1090,11 @@ def test_load_config_tells_of_a_keyring_without_the_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = "config.xml:5: <SFTP passphrase>: the keyring entry sftp_key is"
+    store = sgsync.command_line([*sgsync.PROGRAM, "secret", "set", "sftp_key"])
     keyring(monkeypatch, {})
-    assert error(tmp_path, KEYRING) == (
-        f"{place} not set\nTry: store it: keyring set sgsync sftp_key"
-    )
+    assert error(tmp_path, KEYRING) == (f"{place} not set\nTry: store it: {store}")
     keyring(monkeypatch, {"sftp_key": ""})
-    assert error(tmp_path, KEYRING) == f"{place} empty\nTry: store it: keyring set sgsync sftp_key"
+    assert error(tmp_path, KEYRING) == f"{place} empty\nTry: store it: {store}"
     keyring(monkeypatch, None)
     assert error(tmp_path, KEYRING) == (
         "config.xml:5: <SFTP passphrase>: the keyring entry sftp_key cannot be read: the store is "

@@ -41,7 +41,9 @@ def opened(connection_string: str, **values: Any) -> sgsync.Database:
     return sgsync.Database(sgsync.DatabaseSettings(**known))
 
 
-def exported(database: servers.Database, sql: str, path: Path, date_format: str | None = None) -> str:
+def exported(
+    database: servers.Database, sql: str, path: Path, date_format: str | None = None
+) -> str:
     """The CSV file that a query makes, read by Python's own reader into lines joined by |."""
     with opened(database.connection_string) as connection:
         sgsync.write_query(connection, "subject", sql, path, nothing, date_format)
