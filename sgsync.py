@@ -5204,7 +5204,8 @@ def runs(history: Path) -> list[KeptRun]:
         return bool(EPOCH.fullmatch(path.name)) and stat.S_ISDIR(found.st_mode) and not reparse
 
     with local_errors(history):
-        folders = sorted(filter(is_run, history.iterdir()), reverse=True)
+        found = history.iterdir() if os.path.lexists(history) else ()
+        folders = sorted(filter(is_run, found), reverse=True)
     return [KeptRun(folder) for folder in folders]
 
 
@@ -6738,7 +6739,7 @@ def write_metrics(path: Path, home: Path, run: Run) -> None:
     metrics = Metrics(home)
     folders = {"sync": home / "history", "schoolinks": home / "history" / "schoolinks"}
     for command, folder in folders.items():
-        kept = (found.summary for found in runs(folder)) if folder.is_dir() else iter(())
+        kept = (found.summary for found in runs(folder))
         over = (told for told in kept if told and told.outcome not in ("running", "busy"))
         last = run.summary if command == run.summary.command else next(over, None)
         if last:

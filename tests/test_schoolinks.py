@@ -1476,7 +1476,9 @@ def test_a_query_error_uploads_nothing(district: District, table: str) -> None:
     message = district.refused(4)
     assert message.startswith("PowerSchool: the query of students, ")
     assert message.endswith(f": no such table: {table}")
-    assert sorted(path.name for path in district.run.iterdir()) == ["sgi_log.txt", "summary.json"]
+    assert sorted(path.name for path in district.run.iterdir()) == [
+        "manifest.json", "sgi_log.txt", "summary.json",
+    ]  # fmt: skip
 
 
 def test_a_connection_that_breaks_is_tried_again_from_the_start(district: District) -> None:
@@ -1504,7 +1506,7 @@ def test_schoolinks_uploads_to_real_servers_with_a_password(anywhere: District) 
     assert anywhere.sent() == expected
     assert anywhere.sent("other") == {}
     assert sorted(path.name for path in anywhere.run.iterdir()) == sorted(
-        [*FILES, "COMPLETE", "sgi_log.txt", "summary.json"]
+        [*FILES, "COMPLETE", "manifest.json", "sgi_log.txt", "summary.json"]
     )
     assert (anywhere.run / "COMPLETE").read_bytes() == b""
     anywhere.students(1003)
@@ -1576,7 +1578,7 @@ def test_schoolinks_dry_run_builds_the_files_and_connects_to_nobody(district: Di
     )
     assert {line["uploaded"] for line in district.summary["sections"]} == {""}
     assert sorted(path.name for path in district.run.iterdir()) == sorted(
-        [*FILES, "sgi_log.txt", "summary.json"]
+        [*FILES, "manifest.json", "sgi_log.txt", "summary.json"]
     )
 
 

@@ -1292,7 +1292,8 @@ def test_push_marks_complete_last(home: homes.Home, monkeypatch: pytest.MonkeyPa
     assert local.pop(log).startswith(seen[0].pop(log))
     assert [local] == seen
     assert sorted(local) == [
-        "diff/iep.csv", "ia/iep.csv", "ic/iep.csv", "open_records.csv", "summary.json",
+        "diff/iep.csv", "ia/iep.csv", "ic/iep.csv", "manifest.json", "open_records.csv",
+        "report.html", "summary.json",
     ]  # fmt: skip
     assert home.pushed().keys() == local.keys() | {"COMPLETE", log}
 
