@@ -598,11 +598,13 @@ def test_calls_give_sql_server_the_type_of_every_parameter(
     """Of NULL, too: without, Microsoft's driver asks the server about each of them."""
     recorder = Recorder(driver)
     monkeypatch.setattr(pyodbc, "connect", lambda *_, **__: recorder)
-    call = sgsync.Call(procedure="[my schema].p")
-    spec = sgsync.SqlDiff(file="a.csv", key=("id",), query="", where="", calls={"insert": call})
-    with opened("x") as database, sgsync.Failures(tmp_path / "failures.csv", 0) as failures:
-        applier = sgsync.Applier(database, spec, "insert", failures)
-        applier.bind(("id", "note"))
+    calls = {"insert": sgsync.Call(procedure="[my schema].p")}
+    columns = ("id", "note")
+    key = sgsync.Key(["id"], columns, "a.csv")
+    found = sgsync.Comparison(sgsync.SqlDiff(file="a.csv", calls=calls), columns, key)
+    failures = sgsync.Failures(tmp_path, 0)
+    with opened("x") as database:
+        applier = sgsync.Applier(database, found, "insert", sgsync.Tally(), failures)
         applier.apply([("1", ""), ("2", "x" * 2000), ("3", "😀" * 2001), *[("4", "")] * 48])
         sent = recorder.sent.copy()
     call_text = "EXEC [my schema].p ?, ?"
