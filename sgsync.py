@@ -1727,6 +1727,24 @@ class HostKeys:
         plain = dict.fromkeys(name for name in names if not name.startswith("|"))
         return [*map(printable, plain), *([plural(hashed, "hashed name")] if hashed else [])]
 
+    def require(self, host: str, port: int, setting: str, trust: str) -> list[paramiko.PKey]:
+        """The keys of a server, at least one; `setting` names it, the command `trust` pins it."""
+        found = self.of(host, port)
+        if found:
+            return found
+        pin = f"pin the server's key: {trust}"
+        if not self.path.exists():
+            raise ConfigError(f"{self.path}: cannot be read: the file does not exist", pin)
+        hosts = self.hosts()
+        if not hosts:
+            raise TransferError(f"{self.path}: has no host key", pin)
+        more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
+        raise TransferError(
+            f"{self.path}: has no host key for {self.name(host, port)}, only for "
+            f"{', '.join(hosts[:10])}{more}",
+            f"check {setting}; if it is right, {pin}",
+        )
+
     def check(self, host: str, port: int, key: paramiko.PKey, remedy: str) -> None:
         """Raise TransferError, with that remedy, unless `key` is one of those pinned."""
         pinned = self.of(host, port)
@@ -1785,18 +1803,34 @@ class HostKeys:
         return False
 
     def _write(self, lines: Sequence[str]) -> None:
-        """The whole file at once: readable by its owner alone if new, else as it was."""
+        """The whole file at once: readable by its owner alone if new, else as it was.
+
+        Root may do this in a folder of another account's: the new file follows no link, and is
+        that account's.
+        """
         import stat
+        import tempfile
 
         lines = [line for line in lines if line.strip()]
-        with new_file(self.path) as file:
+        folder = self.path.parent
+        with local_errors(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
             there = self.path.exists()
-            like = (self.path if there else self.path.parent).stat()
-            part = Path(file.name)
-            if os.name != "nt" and like.st_uid != part.stat().st_uid:
-                os.chown(part, like.st_uid, like.st_gid)  # Made by root, read by the job's account.
-            part.chmod(stat.S_IMODE(like.st_mode) if there else 0o600)
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+            like = (self.path if there else folder).stat()
+            number, name = tempfile.mkstemp(suffix=PART, dir=folder)  # 0600
+            try:
+                with open(number, "wb") as file:  # noqa: PTH123 - a descriptor
+                    if os.name != "nt":
+                        if like.st_uid != os.geteuid():
+                            os.fchown(number, like.st_uid, like.st_gid)
+                        if there:
+                            os.fchmod(number, stat.S_IMODE(like.st_mode))
+                    text = "".join(f"{line}\n" for line in lines)
+                    file.write(text.encode("utf-8", "surrogateescape"))
+                Path(name).replace(self.path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
         self._lines = lines
 
 
@@ -1894,14 +1928,17 @@ class SftpRequests:
     """Requests of which several are in flight at once, on the channel of an idle SFTPClient.
 
     Answers may come in any order; each is handed, as its type and content, to the function that
-    was given with the request.  After an exception answers may be outstanding: hang up.
+    was given with the request.  `moved` is called for each packet sent and each whole answer: bytes
+    alone may drip.  After an exception answers may be outstanding: hang up.
     Source: draft-ietf-secsh-filexfer-02.
     """
 
     OPEN, CLOSE, READ, WRITE, STAT = 3, 4, 5, 6, 17
     STATUS, HANDLE, DATA, ATTRIBUTES = 101, 102, 103, 105
 
-    def __init__(self, channel: paramiko.Channel, most: int, moved: Callable[[], None]) -> None:
+    def __init__(
+        self, channel: paramiko.Channel, most: int, moved: Callable[[], None] = lambda: None
+    ) -> None:
         self.most = most
         self._channel, self._moved = channel, moved
         self._waiting: dict[int, Callable[[int, bytes], None]] = {}
@@ -1971,10 +2008,16 @@ class SftpRequests:
             then = self._waiting.pop(number, None)
             if then is None:
                 raise paramiko.SFTPError("the server answered what nobody asked")
-            self._moved()  # A whole answer, not a byte of one: a hostile server drips.
+            self._moved()
             then(kind, bytes(memoryview(buffer)[begin + 9 : end]))
             begin = end
         del buffer[:begin]
+
+    @staticmethod
+    def path(text: str) -> bytes:
+        """A string as requests hold it."""
+        encoded = text.encode("utf-8")
+        return struct.pack(">I", len(encoded)) + encoded
 
     @staticmethod
     def check(kind: int, content: bytes, wanted: int) -> None:
@@ -1991,10 +2034,6 @@ class SftpRequests:
         text = content[8 : 8 + int.from_bytes(content[4:8], "big")].decode("utf-8", "replace")
         numbers = {2: errno.ENOENT, 3: errno.EACCES}
         raise OSError(numbers[code], text) if code in numbers else OSError(text or f"code {code}")
-
-
-def sftp_string(text: bytes) -> bytes:
-    return struct.pack(">I", len(text)) + text
 
 
 class SftpReads:
@@ -2057,7 +2096,7 @@ class SftpReads:
         most = SFTP_FILES if self.requests.most > 1 else 1
         while self._opened < min(len(self.files), self._taken + most) and self.requests.free:
             file = self.files[self._opened]
-            fields = sftp_string(file.path.encode("utf-8")) + struct.pack(">II", 1, 0)
+            fields = SftpRequests.path(file.path) + struct.pack(">II", 1, 0)
             self.requests.ask(SftpRequests.OPEN, [fields], file.opened)
             self._opened += 1
         while self._reading < self._opened and self._held < self.requests.most:
@@ -2125,15 +2164,16 @@ class SftpWrites:
 
     def oldest(self) -> SftpWrites.File | None:
         """The first file that is not finished; None when all are."""
-        self._ask()
+        if not self._unfinished:
+            self._ask()
         return self._unfinished[0] if self._unfinished else None
 
     def finish(self, file: SftpWrites.File) -> None:
         while file.confirmed is None:
             if file.error:
                 raise file.error
-            self.requests.exchange()
             self._ask()
+            self.requests.exchange()
         self._unfinished.popleft()
 
     def _ask(self) -> None:
@@ -2146,7 +2186,7 @@ class SftpWrites:
                 self._unfinished.append(opened)
                 self._unsent.append(opened)
                 # for writing, made if missing, emptied if there
-                fields = sftp_string(opened.path.encode("utf-8")) + struct.pack(">II", 0x1A, 0)
+                fields = SftpRequests.path(opened.path) + struct.pack(">II", 0x1A, 0)
                 self._request(opened, SftpRequests.OPEN, [fields], SftpRequests.HANDLE)
             else:
                 break
@@ -2182,7 +2222,7 @@ class SftpWrites:
                 file.unanswered -= 1
                 self._close(file)
             elif kind == SftpRequests.CLOSE:
-                path = sftp_string(file.path.encode("utf-8"))
+                path = SftpRequests.path(file.path)
                 self._request(file, SftpRequests.STAT, [path], SftpRequests.ATTRIBUTES)
             else:
                 flags, size = struct.unpack_from(">IQ", content)
@@ -2235,9 +2275,12 @@ class Sftp:
         import paramiko
 
         settings = self.settings
-        host_keys = self._host_keys()
+        host_keys = HostKeys(self.home / settings.known_hosts)
+        pinned = host_keys.require(
+            settings.host, settings.port, settings.host_from + self._place(), self._trust()
+        )
         private_key = None if settings.password else load_private_key(settings, self.home)
-        kinds = {key.get_name() for key in host_keys.of(settings.host, settings.port)}
+        kinds = {key.get_name() for key in pinned}
         self._watchdog = Watchdog(settings.timeout_seconds, self._hang_up)
         with self._operation(f"{self.where}: cannot connect"):
             self._transport = transport = ssh_transport(settings.host, settings.port, kinds)
@@ -2260,31 +2303,6 @@ class Sftp:
                 raise TransferError(f"{self.where}: the server offers no SFTP", transient=True)
             self._channel().settimeout(settings.timeout_seconds)
         log.info("%s: logged in as %s", self.where, settings.username)
-
-    def _host_keys(self) -> HostKeys:
-        """The file of pinned keys, which has one of this server."""
-        settings = self.settings
-        host_keys = HostKeys(self.home / settings.known_hosts)
-        if not host_keys.path.exists():
-            raise ConfigError(
-                f"{host_keys.path}: cannot be read: the file does not exist",
-                f"pin the server's key: {self._trust()}",
-            )
-        if not host_keys.of(settings.host, settings.port):
-            name = HostKeys.name(settings.host, settings.port)
-            hosts = host_keys.hosts()
-            more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
-            message, pin = (
-                f"{host_keys.path}: has no host key",
-                f"pin the server's key: {self._trust()}",
-            )
-            if not hosts:
-                raise TransferError(message, pin)
-            raise TransferError(
-                f"{message} for {name}, only for {', '.join(hosts[:10])}{more}",
-                f"check {settings.host_from}{settings.place}; if it is right, {pin}",
-            )
-        return host_keys
 
     def _trust(self) -> str:
         """The command that fetches, shows and pins this server's key."""
@@ -2344,7 +2362,7 @@ class Sftp:
         A file whose size is not the listed one is an error.  Many requests are in flight `ahead`
         of the block that is taken, in bounded memory: fast, but some servers choke on it.
         """
-        requests = SftpRequests(self._channel(), SFTP_REQUESTS if ahead else 1, self._feed)
+        requests = SftpRequests(self._channel(), SFTP_REQUESTS if ahead else 1)
         files = [SftpReads.File(f"{directory}/{entry.name}", entry.size) for entry in entries]
         reads = SftpReads(requests, files)
         try:
@@ -3962,7 +3980,9 @@ def download(
             begun = extract.epoch
         ahead = next(attempts) % 2 == 0  # Servers that choke on it get every other attempt.
         directory = f"{settings.download_directory}/{extract.epoch}"
-        missing = [entry for entry in extract.files if not _is_whole(folder / entry.name, entry)]
+        # An earlier attempt of this run may have brought some.
+        whole = {path.name: path.stat().st_size for path in folder.iterdir()}
+        missing = [entry for entry in extract.files if whole.get(entry.name) != entry.size]
         for entry, blocks in sftp.read_files(directory, missing, ahead=ahead):
             _download_file(blocks, folder, entry, track)
         log.info("downloaded %s of epoch %s", plural(len(extract.files), "file"), extract.epoch)
@@ -4020,11 +4040,6 @@ def _check_names(where: str, entries: list[RemoteEntry]) -> None:
                 "ask the server's operator; an extract must not contain such a name",
             )
         seen.add(entry.name.lower())
-
-
-def _is_whole(path: Path, entry: RemoteEntry) -> bool:
-    """Whether an earlier attempt of this run has brought the file."""
-    return path.is_file() and path.stat().st_size == entry.size
 
 
 def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, tick: Tick) -> None:
