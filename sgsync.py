@@ -3274,27 +3274,20 @@ def decode_row(row: bytes) -> Row:
 
 
 def encode_rows(rows: Sequence[bytes]) -> bytes:
-    r"""Canonical rows as csv.writer would write them: `b"1\0Lee, A"` is `b'1,"Lee, A"\r\n'`.
-
-    Works on all rows at once, and on single ones only where a field needs quotes.
-    """
-    text = b"\r\n".join([*rows, b""])
-    marks = [mark for mark in (b'"', b",", _BREAK) if mark in text]
-    if text.count(b"\r") > len(rows):
-        marks.append(b"\r")
-    for mark in marks:  # Quotes come first: what begins with one from then on needs no more.
-        rows = [_quoted(row, mark[0]) if mark[0] in row else row for row in rows]
-    return (b"\r\n".join([*rows, b""]) if marks else text).translate(_FROM_CANONICAL)
-
-
-def _quoted(row: bytes, mark: int) -> bytes:
-    """A canonical row with quotes around each field that holds the byte `mark`."""
-    fields = row.split(b"\0")
-    if mark == _QUOTE:
-        fields = [b'"%b"' % f.replace(b'"', b'""') if mark in f else f for f in fields]
-    else:
-        fields = [b'"%b"' % f if mark in f and f[:1] != b'"' else f for f in fields]
-    return b"\0".join(fields)
+    r"""Canonical rows as csv.writer would write them: `b"1\0Lee, A"` is `b'1,"Lee, A"\r\n'`."""
+    text = b"".join(rows)
+    # Quotes come first: a field that begins with one from then on needs no more.
+    for mark in (_QUOTE, *b",\r", *_BREAK):
+        if mark in text:
+            holders = [row for row in rows if mark in row]
+            fields = b"\0\n\0".join(holders).split(b"\0")
+            if mark == _QUOTE:
+                fields = [b'"%b"' % f.replace(b'"', b'""') if mark in f else f for f in fields]
+            else:
+                fields = [b'"%b"' % f if mark in f and f[:1] != b'"' else f for f in fields]
+            quoted = iter(b"\0".join(fields).split(b"\0\n\0"))
+            rows = [next(quoted) if mark in row else row for row in rows]
+    return b"\r\n".join([*rows, b""]).translate(_FROM_CANONICAL)
 
 
 class CsvFile:
@@ -3504,27 +3497,17 @@ class CsvFile:
             if not _REGULAR.fullmatch(first) or (width and first.count(b",") != width - 1):
                 return False
             self._regular_line = first
+        # The row's carriage return may stand in the middle of its last field if that has no quotes.
+        in_field = b"\r" in first and not first.endswith(b'"\r\n')
+        if in_field and _LONE_RETURN.search(raw):
+            return False
         if b'"' not in first:
-            return not self._has_lone_return(raw, first)
+            return True
         # Two quotes a field: the one must open it and the other close it.
         quoted = first.count(b'"') // 2 * rows
         opened = raw.count(b',"') + raw.count(b'\n"') + raw.startswith(b'"')
         closed = raw.count(b'",') + raw.count(b'"\r\n' if first.endswith(b"\r\n") else b'"\n')
-        if not opened == closed == quoted:
-            return False
-        return first.endswith((b'"\r\n', b'"\n')) or not self._has_lone_return(raw, first)
-
-    @staticmethod
-    def _has_lone_return(raw: bytes, first: bytes) -> bool:
-        r"""Whether the last, unquoted field of a row holds the row's \r, not its end.
-
-        Costs half of raw.count(b"\r\n").
-        """
-        if not first.endswith(b"\r\n"):
-            return False
-        decoder = io.IncrementalNewlineDecoder(None, translate=False)
-        decoder.decode(raw.decode("latin-1"))
-        return decoder.newlines != "\r\n"
+        return opened == closed == quoted
 
     def _canonical_irregular(self, raw: bytes, line: int) -> bytes:
         """The same for any block: split at the quotes, every other piece stands inside them."""
@@ -3750,15 +3733,19 @@ class OrderedRows:
         """Pass the first rows that `ahead` looked at, one for each of `keys`; returns them."""
         if not keys:
             return []
-        rows = self._piece.data[:-1].split(b"\n")
-        rows, left = rows[: len(keys)], rows[len(keys) :]
-        breaks = _BREAK in self._piece.data
-        lines_left = len(left)
-        if breaks and self.is_raw:
-            lines_left += sum(row.count(_BREAK) for row in left)
-        self.position += len(self._bytes[:-1].rsplit(b"\n", lines_left)[0]) + 1
+        rows = self._piece.data.split(b"\n")
+        del rows[-1]
+        has_breaks = _BREAK in self._piece.data
+        if len(rows) == len(keys):
+            self.position += len(self._bytes)
+        else:
+            lines_left = len(rows) - len(keys)
+            if has_breaks and self.is_raw:
+                lines_left += sum(row.count(_BREAK) for row in rows[len(keys) :])
+            del rows[len(keys) :]
+            self.position += len(self._bytes[:-1].rsplit(b"\n", lines_left)[0]) + 1
         self.rows += len(rows)
-        self._line += len(rows) + (sum(row.count(_BREAK) for row in rows) if breaks else 0)
+        self._line += len(rows) + (sum(row.count(_BREAK) for row in rows) if has_breaks else 0)
         self._last_row, self._last_key = rows[-1], keys[-1]
         return rows
 
