@@ -6,7 +6,8 @@ here for being slow: times belong to a machine.
 
     bench.py [--quick] [--only diff,large,help,calls,sftp,schoolinks | --only "diff/5 percent"]
 
-The data is made in build/bench, the same each time.
+The data is made in build/bench, the same each time. The parts export and calls also measure SQL
+Server where SGSYNC_TEST_MSSQL, an ODBC connection string, leads to one.
 """
 
 from __future__ import annotations
@@ -419,14 +420,22 @@ def bench_help(quick: bool) -> Iterator[Figure]:
     yield at_most("sgsync.py --help, against six imports", ours / theirs, 1.5, detail)
 
 
-# ------------------------------------------------------------------ procedures: bench_calls
+# ------------------------------------------------------------------ databases
 
-TABLE = """
+TABLES = {
+    "postgresql": """
 CREATE TABLE iep (
     student_number text NOT NULL, start_date date NOT NULL, end_date date, kind text,
     disability text, minutes numeric(8, 2), manager text, lre text, status text,
-    PRIMARY KEY (student_number, start_date))"""
-PROCEDURE = """
+    PRIMARY KEY (student_number, start_date))""",
+    "mssql": """
+CREATE TABLE iep (
+    student_number nvarchar(20) NOT NULL, start_date date NOT NULL, end_date date,
+    kind nvarchar(20), disability nvarchar(20), minutes numeric(8, 2), manager nvarchar(50),
+    lre nvarchar(20), status nvarchar(20), PRIMARY KEY (student_number, start_date))""",
+}
+PROCEDURES = {
+    "postgresql": """
 CREATE PROCEDURE sg_iep_upsert(
     a_number text, a_start date, a_end date, a_kind text, a_disability text, a_minutes numeric,
     a_manager text, a_lre text, a_status text) LANGUAGE plpgsql AS $$
@@ -438,7 +447,117 @@ BEGIN
         INSERT INTO iep VALUES (a_number, a_start, a_end, a_kind, a_disability, a_minutes,
             a_manager, a_lre, a_status);
     END IF;
-END $$"""
+END $$""",
+    "mssql": """
+CREATE PROCEDURE sg_iep_upsert
+    @number nvarchar(20), @start date, @end date, @kind nvarchar(20), @disability nvarchar(20),
+    @minutes numeric(8, 2), @manager nvarchar(50), @lre nvarchar(20), @status nvarchar(20) AS
+SET NOCOUNT ON;
+UPDATE iep SET end_date = @end, kind = @kind, disability = @disability, minutes = @minutes,
+    manager = @manager, lre = @lre, status = @status
+WHERE student_number = @number AND start_date = @start;
+IF @@ROWCOUNT = 0
+    INSERT INTO iep VALUES (@number, @start, @end, @kind, @disability, @minutes, @manager, @lre,
+        @status);""",
+}
+FILLED = {  # iep with that many rows, like `line`
+    "postgresql": """
+INSERT INTO iep SELECT lpad((100000 + n / 3)::text, 8, '0'), make_date(2010 + n % 3, n % 9 + 1, 15),
+    CASE WHEN n % 4 > 0 THEN make_date(2026, n % 9 + 1, 10 + n % 10) END, 'Annual Review',
+    (ARRAY['SLD', 'OHI', 'AUT', 'SLI', 'MD'])[n % 5 + 1], n % 1000 / 4.0,
+    'Case manager ' || n::bigint * 7919 % 977, 'LRE80', 'LOCKED'
+FROM generate_series(0, {rows} - 1) AS n""",
+    "mssql": """
+INSERT INTO iep SELECT RIGHT(CONCAT('00', 100000 + n / 3), 8),
+    DATEFROMPARTS(2010 + n % 3, n % 9 + 1, 15),
+    CASE WHEN n % 4 > 0 THEN DATEFROMPARTS(2026, n % 9 + 1, 10 + n % 10) END, 'Annual Review',
+    SUBSTRING('SLDOHIAUTSLIMDX', n % 5 * 3 + 1, 3), n % 1000 / 4.0,
+    CONCAT('Case manager ', CAST(n AS bigint) * 7919 % 977), 'LRE80', 'LOCKED'
+FROM (SELECT TOP ({rows}) CAST(ROW_NUMBER() OVER (ORDER BY a.object_id) AS int) - 1 AS n
+    FROM sys.all_objects AS a CROSS JOIN sys.all_objects AS b) AS numbers""",
+}
+NAMES = {"postgresql": "PostgreSQL", "mssql": "SQL Server"}
+
+
+@contextlib.contextmanager
+def iep_databases() -> Iterator[list[servers.Database]]:
+    """A PostgreSQL, and a SQL Server if there is one, each with an empty table iep."""
+    from support import servers
+
+    with contextlib.ExitStack() as stack:
+        postgres = stack.enter_context(servers.Postgres())
+        made = [servers.Database("postgresql", postgres.create_database("bench"))]
+        if mssql := os.environ.get("SGSYNC_TEST_MSSQL"):
+            made.append(stack.enter_context(servers.mssql_database(mssql)))
+        for database in made:
+            database.execute(TABLES[database.kind])
+            database.execute(PROCEDURES[database.kind])
+        yield made
+
+
+def median_times(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median of what each way returns; they take turns, A B C A B C."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            found[name].append(way())
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+# ------------------------------------------------------------------ queries: bench_export
+
+
+def export_ways(connection_string: str, folder: Path) -> dict[str, Callable[[], float]]:
+    """Seconds for all rows of iep: by sgsync, and by a loop that throws them away."""
+    import pyodbc
+
+    import sgsync
+
+    sql = "SELECT * FROM iep"
+    settings = sgsync.DatabaseSettings(connection_string=connection_string)
+
+    def ours() -> float:
+        with sgsync.Database(settings) as database:
+            database.connect()
+            began = time.perf_counter()
+            sgsync.write_query(database, "export", sql, folder / "iep.csv", lambda _: None, None)
+            return time.perf_counter() - began
+
+    def bare() -> float:
+        connection = pyodbc.connect(connection_string)
+        try:
+            began = time.perf_counter()
+            cursor = connection.execute(sql)
+            while cursor.fetchmany(sgsync.FETCH_ROWS):
+                pass
+            return time.perf_counter() - began
+        finally:
+            connection.close()
+
+    return {"sgsync": ours, "bare": bare}
+
+
+def bench_export(quick: bool) -> Iterator[Figure]:
+    rows, rounds = (20_000, 1) if quick else (1_000_000, 5)
+    with iep_databases() as databases, tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        for database in databases:
+            database.execute(FILLED[database.kind].format(rows=rows))
+            say(f"export of {rows:,} rows from {NAMES[database.kind]}, {rounds} rounds")
+            ways = export_ways(database.connection_string, Path(folder))
+            ways["bare"]()  # for the server's cache
+            times = median_times(ways, rounds)
+            with (Path(folder) / "iep.csv").open("rb") as file:
+                if sum(1 for _ in file) != rows + 1:
+                    raise BenchError("the export has other rows than the table")
+            name = f"export, {rows:,} rows x {len(HEADER)}, {NAMES[database.kind]}"
+            yield Figure(name, f"{rows / times['sgsync']:,.0f} rows/s")
+            detail = f"{times['sgsync']:.2f} s, {times['bare']:.2f} s"
+            ratio = times["bare"] / times["sgsync"]
+            yield at_least("  against fetchmany alone", ratio, 0.85, detail)
+
+
+# ------------------------------------------------------------------ procedures: bench_calls
+
 CONFIG = """<Config>
   <SFTP host="none" username="none"/>
   <Database connectionString="{connection}"/>
@@ -510,49 +629,53 @@ def run_proxy(port: int, delay: float) -> None:
 
 @dataclass
 class Calls:
-    """The calls of one procedure for the same rows, in two ways, on one database."""
+    """The calls of one procedure for the same rows, in several ways, on one database.
 
-    home: Path
+    Each way returns calls a second. `connection_string` may lead through a proxy.
+    """
+
+    folder: Path
     rows: list[list[str]]
+    database: servers.Database
     connection_string: str
 
     def __post_init__(self) -> None:
-        text = CONFIG.format(connection=self.connection_string)
-        (self.home / "config.xml").write_text(text, encoding="utf-8")
+        text = CONFIG.format(connection=self.connection_string.replace("&", "&amp;"))
+        (self.folder / "config.xml").write_text(text, encoding="utf-8")
 
-    def write_changes(self, rows: Sequence[Sequence[str]]) -> sgsync.Comparison:
+    def write_changes(self) -> sgsync.Comparison:
         """diff/iep.csv, as sgsync makes it of rows that the database has not."""
         import sgsync
 
-        files = self.home / "ours.csv", self.home / "theirs.csv"
-        for path, content in zip(files, (rows, []), strict=True):
+        files = self.folder / "ours.csv", self.folder / "theirs.csv"
+        for path, content in zip(files, (self.rows, []), strict=True):
             with path.open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([HEADER, *content])
-        spec = sgsync.load_config(self.home / "config.xml", sgsync.SyncConfig).sql_diffs[0]
-        return sgsync.compare(*files, self.home / "changes.csv", spec)
+        spec = sgsync.load_config(self.folder / "config.xml", sgsync.SyncConfig).sql_diffs[0]
+        return sgsync.compare(*files, self.folder / "changes.csv", spec)
 
     def apply(self) -> float:
-        """Calls a second of sgsync's own stage, its reading of the changes included."""
+        """By sgsync's own stage, its reading of the changes included."""
         import sgsync
 
-        config = sgsync.load_config(self.home / "config.xml", sgsync.SyncConfig)
-        found = self.write_changes(self.rows)
-        with (
-            sgsync.Database(config.database) as database,
-            sgsync.Failures(self.home / "failures.csv", 0) as failures,
-        ):
+        config = sgsync.load_config(self.folder / "config.xml", sgsync.SyncConfig)
+        found = self.write_changes()
+        failures = sgsync.Failures(self.folder, 0)
+        with sgsync.Database(config.database) as database:
             database.connect()
             began = time.perf_counter()
-            sgsync.apply(database, found, failures, lambda _: None)
+            sgsync.apply(database, found, found.summary(), failures, lambda _: None)
             return len(self.rows) / (time.perf_counter() - began)
 
     def autocommit(self, count: int) -> float:
-        """Calls a second, one by one, for the first `count` of the rows."""
+        """One by one, for the first `count` of the rows."""
         import pyodbc
 
         connection = pyodbc.connect(self.connection_string, autocommit=True)
         cursor = connection.cursor()
-        call = f"CALL sg_iep_upsert({', '.join('?' * len(HEADER))})"
+        marks = ", ".join("?" * len(HEADER))
+        mssql = self.database.kind == "mssql"
+        call = f"EXEC sg_iep_upsert {marks}" if mssql else f"CALL sg_iep_upsert({marks})"
         rows = [[value or None for value in row] for row in self.rows[:count]]
         began = time.perf_counter()
         for row in rows:
@@ -561,21 +684,51 @@ class Calls:
         connection.close()
         return count / seconds
 
+    def psql(self) -> float:
+        """By PostgreSQL's own client, from a file of CALL statements in one transaction."""
+        given = dict(part.split("=", 1) for part in self.connection_string.split(";") if part)
+        values = [
+            ", ".join(f"'{value}'" if value else "NULL" for value in row) for row in self.rows
+        ]
+        calls = "".join(f"CALL sg_iep_upsert({row});\n" for row in values)
+        path = self.folder / "calls.sql"
+        path.write_text(f"BEGIN;\n{calls}COMMIT;\n", encoding="utf-8")
+        began = time.perf_counter()
+        subprocess.run(
+            ["psql", "-qX", "-v", "ON_ERROR_STOP=1", "-h", given["Server"], "-p", given["Port"],
+             "-U", given["UID"], "-d", given["Database"], "-f", path],
+            env={**os.environ, "PGPASSWORD": given["PWD"]}, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        return len(self.rows) / (time.perf_counter() - began)
 
-def compare_calls(
-    calls: Calls, database: servers.Database, singles: int, rounds: int
-) -> tuple[float, float]:
-    """The median rates of sgsync and of autocommit; the table must hold the same after each."""
-    rates: tuple[list[float], list[float]] = [], []
-    for _ in range(rounds):
-        found = []
-        for way, rate in ((calls.apply, rates[0]), (lambda: calls.autocommit(singles), rates[1])):
-            database.execute("TRUNCATE iep")
-            rate.append(way())
-            found.append(database.rows("SELECT * FROM iep ORDER BY 1, 2"))
-        if len(found[0]) != len(calls.rows) or found[0][:singles] != found[1]:
-            raise BenchError("sgsync and autocommit leave different rows")
-    return statistics.median(rates[0]), statistics.median(rates[1])
+    def compare(self, names: Sequence[str], singles: int, rounds: int) -> dict[str, float]:
+        """The median rate of each way; each must leave the same rows in the empty table."""
+        wanted: list[object] = []
+
+        def checked(name: str) -> float:
+            self.database.execute("TRUNCATE TABLE iep")
+            way = getattr(self, name)
+            rate: float = way(singles) if name == "autocommit" else way()
+            found = self.database.rows("SELECT * FROM iep ORDER BY 1, 2")
+            wanted[:] = wanted or found
+            if found != (wanted[:singles] if name == "autocommit" else wanted):
+                raise BenchError(f"{name} leaves other rows than {names[0]}")
+            return rate
+
+        ways = {name: functools.partial(checked, name) for name in names}
+        rates = median_times(ways, rounds)
+        if len(wanted) != len(self.rows):
+            raise BenchError(f"{names[0]} leaves {len(wanted)} rows of {len(self.rows)}")
+        return rates
+
+
+def with_empty_fields(rows: Sequence[Sequence[str]], share: float) -> list[list[str]]:
+    """The same rows with that share of the fields behind the key empty."""
+    dice = random.Random(1)
+    return [
+        [*row[: len(KEY)], *("" if dice.random() < share else v for v in row[len(KEY) :])]
+        for row in rows
+    ]
 
 
 def sync_milliseconds(folder: Path) -> float:
@@ -592,96 +745,203 @@ def sync_milliseconds(folder: Path) -> float:
 
 
 def bench_calls(quick: bool) -> Iterator[Figure]:
-    from support import servers
-
-    count, singles, rounds = (2_000, 200, 1) if quick else (20_000, 1_000, 3)
+    count, singles, rounds = (2_000, 200, 1) if quick else (20_000, 1_000, 5)
     rows = [line(number).strip().split(",") for number in range(count)]
-    with servers.Postgres() as postgres, tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        direct = postgres.create_database("bench")
-        database = servers.Database("postgresql", direct)
-        database.execute(TABLE)
-        database.execute(PROCEDURE)
-        say(f"procedure calls: {count:,} by sgsync, {singles:,} by autocommit, {rounds} rounds")
-        ours, theirs = compare_calls(Calls(Path(folder), rows, direct), database, singles, rounds)
-        disk = f"one fsync {sync_milliseconds(postgres.folder):.2f} ms"
-        yield Figure("procedure calls, PostgreSQL", f"{ours:,.0f}/s")
-        yield at_least("  against autocommit", ours / theirs, 15, f"{theirs:,.0f}/s, {disk}")
+    size = f"{count:,} by sgsync, {singles:,} by autocommit, {rounds} rounds"
+    with iep_databases() as databases, tempfile.TemporaryDirectory(dir=FOLDER) as name:
+        folder = Path(name)
+        for database in databases:
+            product, direct = NAMES[database.kind], database.connection_string
+            postgres = database.kind == "postgresql"
+            ways = ["apply", "autocommit", *(["psql"] if postgres else [])]
+            say(f"procedure calls, {product}: {size}")
+            full = Calls(folder, rows, database, direct).compare(ways, singles, rounds)
+            yield Figure(f"procedure calls, {product}", f"{full['apply']:,.0f}/s")
+            ratio, detail = full["apply"] / full["autocommit"], f"{full['autocommit']:,.0f}/s"
+            yield at_least(
+                "  against autocommit", ratio, 15 if postgres else 1,
+                f"{detail}, one fsync {sync_milliseconds(folder):.2f} ms" if postgres else detail,
+            )  # fmt: skip
+            if postgres:
+                ratio = full["apply"] / full["psql"]
+                yield at_least("  against psql -f", ratio, 1, f"{full['psql']:,.0f}/s")
 
-        say("the same with 1 ms more per round trip")
-        with Proxy(postgres.port, 0.001) as port:
-            slow = direct.replace(f"Port={postgres.port};", f"Port={port};")
-            calls = Calls(Path(folder), rows, slow)
-            ours, theirs = compare_calls(calls, database, singles, rounds)
-        yield Figure("  with 1 ms per round trip", f"{ours:,.0f}/s")
-        yield at_least("    against autocommit", ours / theirs, 15, f"{theirs:,.0f}/s")
+            say("the same with 30 % of the fields empty")
+            sparse = with_empty_fields(rows, 0.3)
+            rates = Calls(folder, sparse, database, direct).compare(
+                ["apply", "autocommit"], singles, rounds
+            )
+            yield Figure("  with 30 % empty fields", f"{rates['apply']:,.0f}/s")
+            ratio = rates["apply"] / rates["autocommit"]
+            detail = f"{rates['autocommit']:,.0f}/s"
+            yield at_least("    against autocommit", ratio, 15 if postgres else 1, detail)
+            ratio = rates["apply"] / full["apply"]
+            yield at_least("    against no empty field", ratio, 0.8, f"{full['apply']:,.0f}/s")
+
+        database = databases[0]
+        direct = database.connection_string
+        port = next(part for part in direct.split(";") if part.startswith("Port="))
+        say("PostgreSQL with 1 ms more per round trip")
+        with Proxy(int(port.removeprefix("Port=")), 0.001) as late:
+            calls = Calls(folder, rows, database, direct.replace(port, f"Port={late}"))
+            rates = calls.compare(["apply", "autocommit"], singles, rounds)
+        yield Figure("procedure calls, 1 ms per round trip", f"{rates['apply']:,.0f}/s")
+        ratio, detail = rates["apply"] / rates["autocommit"], f"{rates['autocommit']:,.0f}/s"
+        yield at_least("  against autocommit", ratio, 30, detail)
 
 
 # ------------------------------------------------------------------ transfers: bench_sftp
 
 
+@dataclass
+class Transfers:
+    """The same files through sgsync's own stages and through OpenSSH's sftp, both ways.
+
+    `port` is the server's, or that of a `Proxy` before it.
+    """
+
+    sshd: servers.Sshd
+    port: int
+    epoch: Path  # on the server
+    folder: Path  # of this machine
+
+    def __post_init__(self) -> None:
+        known = self.sshd.known_hosts.replace(f"]:{self.sshd.port}", f"]:{self.port}")
+        self.known_hosts = self.folder / "known_hosts"
+        self.known_hosts.write_text(known, encoding="ascii")
+        self.upload = self.epoch.parent.parent / "upload"
+        self.local = self.folder / "local"
+        self.empty()
+
+    def empty(self) -> None:
+        for path in (self.upload, self.local):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+
+    def check(self, found: Path) -> None:
+        for file in self.epoch.glob("*.csv"):
+            if (found / file.name).read_bytes() != file.read_bytes():
+                raise BenchError(f"{found / file.name} has not arrived whole")
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[sgsync.Sftp]:
+        import sgsync
+
+        settings = sgsync.SftpSettings(
+            host=self.sshd.host,
+            port=self.port,
+            username=self.sshd.username,
+            private_key=str(self.sshd.keys["ed25519"]),
+            known_hosts="known_hosts",
+            download_directory=str(self.epoch.parent),
+            upload_directory=str(self.upload),
+        )
+        with sgsync.Sftp(settings, self.folder) as sftp:
+            yield sftp
+
+    def get(self, alone: bool) -> float:
+        """Seconds of the stage; `alone` without connection, log-in and listings."""
+        import sgsync
+
+        with self.session() as sftp:
+            if alone:
+                sftp.connect()
+                extract = sgsync.newest_extract(sftp, sftp.settings)
+                began = time.perf_counter()
+                for entry, blocks in sftp.read_files(str(self.epoch), extract.files, ahead=True):
+                    sgsync._download_file(blocks, self.local, entry, lambda _: None)
+            else:
+                began = time.perf_counter()
+                sgsync.download(
+                    sftp, sftp.settings, self.local, lambda _: None, threading.Event()
+                )  # fmt: skip
+            return time.perf_counter() - began
+
+    def put(self, alone: bool) -> float:
+        import sgsync
+
+        with self.session() as sftp:
+            if alone:
+                sftp.connect()
+            began = time.perf_counter()
+            sgsync.push(sftp, str(self.upload), self.epoch, lambda _: None)
+            return time.perf_counter() - began
+
+    def openssh(self, command: str, alone: bool) -> float:
+        """Seconds of the whole process, or of this command alone."""
+        began = time.perf_counter()
+        with subprocess.Popen(
+            ["sftp", "-q", "-b", "-", "-P", str(self.port), "-i", self.sshd.keys["ed25519"],
+             "-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "IdentitiesOnly=yes",
+             f"{self.sshd.username}@{self.sshd.host}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        ) as client:  # fmt: skip
+
+            def run(line: str) -> None:
+                """Run a command to its end: what the next one prints tells it."""
+                client.stdin.write(f"{line}\n!echo done\n")
+                while (told := client.stdout.readline()) != "done\n":
+                    if not told:
+                        raise BenchError("sftp ended early")
+
+            if alone:
+                run("pwd")
+                began = time.perf_counter()
+                run(command)
+                return time.perf_counter() - began
+            client.stdin.write(f"{command}\n")
+            client.stdin.close()
+            if client.wait():
+                raise BenchError("sftp failed")
+        return time.perf_counter() - began
+
+    def compare(self, rounds: int, alone: bool) -> Iterator[tuple[str, float, float]]:
+        """For each direction, the medians of sgsync and of OpenSSH; one round more, unmeasured."""
+        up = self.upload / self.epoch.name
+        for direction, ours, command, found in (
+            ("get", self.get, f"lcd {self.local}\nget {self.epoch}/*.csv", self.local),
+            ("put", self.put, f"mkdir {up}\ncd {up}\nlcd {self.epoch}\nput *", up),
+        ):
+            ways = (Runs(), ours), (Runs(), functools.partial(self.openssh, command))
+            for _ in range(rounds + 1):
+                for runs, way in ways:
+                    self.empty()
+                    runs.seconds.append(way(alone))
+                    self.check(found)
+            yield direction, *(statistics.median(runs.seconds[1:]) for runs, _ in ways)
+
+
 def bench_sftp(quick: bool) -> Iterator[Figure]:
     from support import servers
 
-    many, large, rounds = (20, 5_000_000, 1) if quick else (200, 100_000_000, 3)
+    many, large, rounds = (20, 5_000_000, 1) if quick else (200, 100_000_000, 5)
     data = random.Random(1).randbytes(1 << 20)
-    with servers.Sshd() as sshd, tempfile.TemporaryDirectory(dir=FOLDER) as name:
-        for kind, count, size in (("small", many, 20_000), ("large", 1, large)):
-            epoch = sshd.root / kind / "20260101-020000"
+
+    def transfers(kind: str, count: int, size: int, port: int) -> Transfers:
+        epoch = sshd.root / kind / "download/20260101-020000"
+        if not epoch.exists():
             epoch.mkdir(parents=True)
             for number in range(count):
                 content = itertools.islice(itertools.repeat(data), size // len(data) + 1)
                 (epoch / f"{number}.csv").write_bytes(b"".join(content)[:size])
             (epoch / "COMPLETE").touch()
-            say(f"download of {count} x {size:,} bytes, {rounds} rounds")
-            target = Path(name) / kind
-            times = {"sgsync": Runs(), "openssh": Runs()}
-            for _ in range(rounds):
-                for runs, way in (
-                    (times["sgsync"], download_by_sgsync),
-                    (times["openssh"], download_by_openssh),
-                ):
-                    target.mkdir()
-                    runs.seconds.append(way(sshd, epoch, target))
-                    for file in epoch.glob("*.csv"):
-                        if (target / file.name).read_bytes() != file.read_bytes():
-                            raise BenchError(f"{way.__name__}: {file.name} has not arrived whole")
-                    shutil.rmtree(target)
-            ours, theirs = times["sgsync"].median, times["openssh"].median
-            yield Figure(
-                f"SFTP download, {count} x {size / 1e6:g} MB",
-                f"{ours:.2f} s, {count * size / ours / 1e6:,.0f} MB/s"
-                f" (OpenSSH's client {theirs:.2f} s)",
-            )
+        return Transfers(sshd, port, epoch, Path(name))
 
-
-def download_by_sgsync(sshd: servers.Sshd, epoch: Path, target: Path) -> float:
-    """Seconds of sgsync's own stage: connection, log-in, listings, files."""
-    import sgsync
-
-    (target.parent / "known_hosts").write_text(sshd.known_hosts, encoding="ascii")
-    settings = sgsync.SftpSettings(
-        host=sshd.host, port=sshd.port, username=sshd.username, passphrase="",
-        private_key=str(sshd.keys["ed25519"]), known_hosts="known_hosts",
-        download_directory=str(epoch.parent), upload_directory="/", require_complete=True,
-        max_age_hours=0, timeout_seconds=60,
-    )  # fmt: skip
-    began = time.perf_counter()
-    with sgsync.Sftp(settings, target.parent) as sftp:
-        sgsync.download(sftp, settings, target, lambda _: None, threading.Event())
-    return time.perf_counter() - began
-
-
-def download_by_openssh(sshd: servers.Sshd, epoch: Path, target: Path) -> float:
-    known_hosts = target.parent / "known_hosts"
-    began = time.perf_counter()
-    subprocess.run(
-        ["sftp", "-q", "-b", "-", "-P", str(sshd.port), "-i", sshd.keys["ed25519"],
-         "-o", f"UserKnownHostsFile={known_hosts}", "-o", "IdentitiesOnly=yes",
-         f"{sshd.username}@{sshd.host}"],
-        input=f"lcd {target}\nget {epoch}/*.csv\n", text=True, check=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    return time.perf_counter() - began
+    with servers.Sshd() as sshd, tempfile.TemporaryDirectory(dir=FOLDER) as name:
+        say(f"SFTP, {large:,} bytes, the transfer alone, {rounds} rounds")
+        one = transfers("large", 1, large, sshd.port)
+        for direction, ours, theirs in one.compare(rounds, alone=True):
+            detail = f"{large / ours / 1e6:,.0f} MB/s, OpenSSH {large / theirs / 1e6:,.0f} MB/s"
+            what = f"SFTP {direction} of {large / 1e6:g} MB, speed against OpenSSH"
+            yield at_least(what, theirs / ours, 0.85, detail)
+        for delay in (0.0, 0.02):
+            say(f"SFTP, {many} x 20,000 bytes, {delay * 1e3:g} ms per round trip, {rounds} rounds")
+            with Proxy(sshd.port, delay) if delay else contextlib.nullcontext(sshd.port) as port:
+                files = transfers("small", many, 20_000, port)
+                for direction, ours, theirs in files.compare(rounds, alone=False):
+                    what = f"SFTP {direction} of {many} x 20 KB, {delay * 1e3:g} ms, time against "
+                    detail = f"{ours:.2f} s, {theirs:.2f} s"
+                    yield at_most(f"{what}OpenSSH", ours / theirs, 1, detail)
 
 
 # ------------------------------------------------------------------ SchooLinks
@@ -704,6 +964,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Figure]]] = {
     **{f"diff/{s.name}": functools.partial(bench_shape, s) for s in SHAPES},
     **{f"large/{s.name}": functools.partial(bench_large, s) for s in LARGE},
     "help": bench_help,
+    "export": bench_export,
     "calls": bench_calls,
     "sftp": bench_sftp,
     "schoolinks": bench_schoolinks,

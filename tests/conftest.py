@@ -36,8 +36,10 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 def pytest_configure() -> None:
-    # ended from outside (a CI's time limit), the run still closes its fixtures
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # ended from outside (a CI's time limit), the run still closes its fixtures; started in the
+    # background, where a shell ignores SIGINT, it must not have its processes ignore it, too
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
 
 
 # ------------------------------------------------------------------ servers

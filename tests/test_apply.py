@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sgsync
 from support import homes, servers
@@ -234,6 +238,8 @@ HARD = [
     "\ttab",
     "x" * 200_000,
     "é" * 5_000,
+    *("x" * count for count in (2000, 2001, 4000, 4001, 8001, 10_000)),
+    *("😀" * count for count in (1999, 2000, 2001, 4000, 10_000)),  # two UTF-16 units each
     "NULL",
     "0",
     "",
@@ -295,11 +301,12 @@ def test_apply_fails_the_bad_rows_alone(home: homes.Home, which: Sequence[int]) 
     assert home.sis_rows() == [row for n, row in enumerate(ROWS) if n not in which]
     kind = home.database.kind
     found = failures(home)
-    assert found[0] == ["operation", "key", "procedure", "error"]
+    assert found[0] == ["operation", "key", "line", "procedure", "error"]
     name = "SQL" if kind == "sqlite" else "sg_iep_upsert"
-    assert [row[:3] for row in found[1:]] == [["insert", key(ROWS[n]), name] for n in which]
+    told = [["insert", key(ROWS[n]), str(n + 2), name] for n in which]
+    assert [row[:4] for row in found[1:]] == told
     for row, n in zip(found[1:], which, strict=True):
-        assert row[3].startswith(REASON[kind].format(ROWS[n][0]))
+        assert row[4].startswith(REASON[kind].format(ROWS[n][0]))
     assert undone_batches(home) == len({n // 3 for n in which if n != 6})  # 6 stands alone
     assert home.counts("found") == (len(ROWS), 0, 0)
     assert home.counts("failed") == (len(which), 0, 0)
@@ -330,7 +337,7 @@ def test_apply_tells_bad_rows_of_every_operation(postgres_home: homes.Home) -> N
         ["update", key(ROWS[2])],
         ["insert", key(ROWS[0])],
     ]
-    assert failures(home)[1][3] == "sg_iep_delete: ERROR: document of 1001 is locked"
+    assert failures(home)[1][4] == "sg_iep_delete: ERROR: document of 1001 is locked"
     assert home.sis_rows() == [ROWS[1], (*ROWS[2][:3], "Old"), ROWS[3]]
 
 
@@ -377,7 +384,7 @@ def test_apply_tells_no_personal_data(postgres_home: homes.Home) -> None:
     ]
     home.extract(files={"iep.csv": "\r\n".join(lines)})
     assert home.main("--verbose") == 8
-    assert [row[1:] for row in failures(home)[1:]] == [
+    assert [[row[1], *row[3:]] for row in failures(home)[1:]] == [
         [
             f"studentNumber={number}, startDate=2026-01-05",
             "sg_iep_upsert",
@@ -394,6 +401,60 @@ def test_apply_tells_no_personal_data(postgres_home: homes.Home) -> None:
         assert value not in told
 
 
+WORDS = st.text(st.sampled_from("0125-ab "), min_size=1, max_size=6).map(str.strip).filter(bool)
+
+
+def whole(word: str, text: str) -> list[int]:
+    """Where a word, or several, stands by itself."""
+    found = re.finditer(rf"(?<!\w)(?={re.escape(word)}(?!\w))", text)
+    return [match.start() for match in found]
+
+
+@given(
+    keys=st.sets(WORDS, max_size=3),
+    values=st.sets(WORDS, max_size=4),
+    more=st.lists(st.sampled_from(["error", "at", "2026-05", "(", ")", "05"]), max_size=4),
+    data=st.data(),
+)
+def test_masked_keeps_keys_and_no_value(
+    keys: set[str], values: set[str], more: list[str], data: st.DataObject
+) -> None:
+    values -= keys
+    pieces = data.draw(st.lists(st.sampled_from([*keys, *values, *more, "x"]), max_size=8))
+    text = data.draw(st.sampled_from([" ", ": ", "/"])).join(pieces)
+    told = sgsync.masked(text, keys, values)
+    spans = [(at, at + len(key)) for key in keys for at in whole(key, text)]
+    masks = [
+        (at, at + len(value))
+        for value in values
+        if len(value) > 1
+        for at in whole(value, text)
+        if not any(a <= at and at + len(value) <= b and b - a > 1 for a, b in spans)
+    ]
+    hidden = {n for a, b in masks for n in range(a, b)}
+    shown = [char if n not in hidden else None for n, char in enumerate(text)]
+    # what is left is just what no mask covers, in order, and each gap is told by one mask
+    expected = re.sub("\0+", "...", "".join("\0" if char is None else char for char in shown))
+    assert told.replace("......", "...") == expected
+    for a, b in spans:
+        if not hidden & set(range(a, b)):
+            assert text[a:b] in told
+
+
+def test_apply_tells_the_whole_key_where_a_part_of_it_equals_a_value(
+    postgres_home: homes.Home,
+) -> None:
+    """As `2026-01-...` where the manager is called `05`."""
+    home = postgres_home
+    procedure(home, "RAISE '% of % is locked by %', d, n, m;")
+    home.extract([("1001", "2026-01-05", "01", "05"), ("1002", "2026-01-05", "x", "1002 Lee")])
+    assert home.main() == 8
+    assert [row[4] for row in failures(home)[1:]] == [
+        "sg_iep_upsert: ERROR: 2026-01-05 of 1001 is locked by ...",
+        "sg_iep_upsert: ERROR: 2026-01-05 of 1002 is locked by ...",
+    ]
+
+
 # ------------------------------------------------------------------ what no row is to blame for
 
 
@@ -401,40 +462,126 @@ def test_apply_stops_where_the_procedure_does_not_exist(postgres_home: homes.Hom
     home = postgres_home
     home.configure(calls=CALLS.replace("sg_iep_upsert", "sg_iep_upset"))
     home.extract(ROWS)
+    ((name,),) = home.database.rows("SELECT current_database()")
     assert home.refused(4) == (
         f"iep.csv: insert of {key(ROWS[0])}: sg_iep_upset: ERROR: procedure "
         "sg_iep_upset(unknown, unknown, unknown, unknown) does not exist\n"
-        "Try: run procedures.sql in this database, and grant EXECUTE to the user of sgsync"
+        f"Try: run procedures.sql in the database {name}, where sgsync looked for it, or correct "
+        "connectionString if that is the wrong database"
     )
     assert not (home.run / "failures.csv").exists()
+
+
+DENIED = {
+    "EXECUTE on the procedure": (
+        ["GRANT ALL ON iep TO {role}", "REVOKE EXECUTE ON PROCEDURE sg_iep_upsert FROM PUBLIC"],
+        "sg_iep_upsert: ERROR: permission denied for procedure sg_iep_upsert",
+        "grant EXECUTE on sg_iep_upsert to sgsync's database user",
+    ),
+    "a right inside the procedure": (
+        ["GRANT SELECT ON iep TO {role}"],
+        "sg_iep_upsert: ERROR: permission denied for table iep",
+        "grant SELECT, INSERT, UPDATE and DELETE on iep to sgsync's database user, or make "
+        "sg_iep_upsert SECURITY DEFINER, owned by a user who has these rights",
+    ),
+    "a schema inside the procedure": (
+        [
+            "GRANT SELECT ON iep TO {role}",
+            "CREATE SCHEMA more", "CREATE TABLE more.t (a int)",
+            "CREATE OR REPLACE PROCEDURE sg_iep_upsert(n text, d text, s text, m text) "
+            "LANGUAGE plpgsql AS $$ BEGIN UPDATE more.t SET a = 1; END $$",
+        ],
+        "sg_iep_upsert: ERROR: permission denied for schema more",
+        "grant USAGE on more to sgsync's database user, or make sg_iep_upsert SECURITY DEFINER, "
+        "owned by a user who has these rights",
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def limited(home: homes.Home, server: servers.Postgres) -> Iterator[str]:
+    """A role without rights, as which the home logs in."""
+    role = servers.fresh_name()
+    home.database.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+    user = f"UID={servers.Postgres.username};PWD={server.password}"
+    connection = home.database.connection_string.replace(user, f"UID={role};PWD=x")
+    assert connection != home.database.connection_string
+    home.configure(connection=connection)
+    try:
+        yield role
+    finally:
+        home.database.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+@pytest.mark.parametrize(("statements", "reason", "remedy"), DENIED.values(), ids=DENIED.keys())
+def test_apply_stops_where_permission_is_denied(
+    postgres_home: homes.Home,
+    postgres_server: servers.Postgres,
+    statements: Sequence[str],
+    reason: str,
+    remedy: str,
+) -> None:
+    """And tells the right that is missing: SELECT, which a query needs, is granted."""
+    home = postgres_home
+    home.extract(ROWS)
+    with limited(home, postgres_server) as role:
+        for statement in statements:
+            home.database.execute(statement.format(role=role))
+        message = home.refused(4)
+    assert message == f"iep.csv: insert of {key(ROWS[0])}: {reason}\nTry: {remedy}"
+    assert not (home.run / "failures.csv").exists()
+
+
+def test_export_tells_that_select_is_missing(
+    postgres_home: homes.Home, postgres_server: servers.Postgres
+) -> None:
+    postgres_home.extract(ROWS)
+    with limited(postgres_home, postgres_server):
+        message = postgres_home.refused(4)
+    assert message.endswith(
+        "ERROR: permission denied for table iep\nTry: grant SELECT on iep to sgsync's database user"
+    )
+
+
+def test_apply_tells_the_right_that_a_statement_lacks(
+    postgres_home: homes.Home, postgres_server: servers.Postgres
+) -> None:
+    home = postgres_home
+    home.configure(
+        calls="<Insert parameters='studentNumber,startDate,status,manager'>"
+        "INSERT INTO iep VALUES (?, ?, ?, ?)</Insert>"
+    )
+    home.extract(ROWS)
+    with limited(home, postgres_server) as role:
+        home.database.execute(f"GRANT SELECT ON iep TO {role}")
+        message = home.refused(4)
+    assert message == (
+        f"iep.csv: insert of {key(ROWS[0])}: the statement of <Insert>: ERROR: permission denied "
+        "for table iep\n"
+        "Try: grant SELECT, INSERT, UPDATE and DELETE on iep to sgsync's database user"
+    )
 
 
 @pytest.mark.parametrize(
-    "revoke", ["REVOKE EXECUTE ON PROCEDURE sg_iep_upsert FROM PUBLIC", "REVOKE ALL ON iep FROM x"]
-)
-def test_apply_stops_where_permission_is_denied(
-    postgres_home: homes.Home, postgres_server: servers.Postgres, revoke: str
+    ("right", "thing", "remedy"),
+    [
+        ("EXECUTE", ("sg_iep_upsert", "dbo"), "grant EXECUTE on dbo.sg_iep_upsert to sgsync's "
+         "database user"),
+        ("INSERT", ("IEP", "samegoal"), "grant INSERT on samegoal.IEP to sgsync's database user, "
+         "or give samegoal.IEP the same owner as dbo.sg_iep_upsert"),
+    ],
+)  # fmt: skip
+def test_remedy_tells_the_right_that_is_missing_on_sql_server(
+    right: str, thing: tuple[str, str], remedy: str
 ) -> None:
-    home = postgres_home
-    role = servers.fresh_name()
-    home.database.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
-    home.database.execute("GRANT SELECT ON iep TO PUBLIC")
-    home.database.execute(revoke.replace("FROM x", f"FROM {role}"))
-    user = f"UID={servers.Postgres.username};PWD={postgres_server.password}"
-    limited = home.database.connection_string.replace(user, f"UID={role};PWD=x")
-    assert limited != home.database.connection_string
-    home.configure(connection=limited)
-    home.extract(ROWS)
-    try:
-        message = home.refused(4)
-    finally:
-        home.database.execute(f"DROP ROLE {role}")
-    assert message.startswith(
-        f"iep.csv: insert of {key(ROWS[0])}: sg_iep_upsert: ERROR: permission"
+    text = (
+        f"[42000] [Microsoft][ODBC Driver 18 for SQL Server][SQL Server]The {right} permission was "
+        f"denied on the object '{thing[0]}', database 'sis', schema '{thing[1]}'. (229) "
+        "(SQLExecDirectW)"
     )
-    assert " denied for " in message
-    assert "\nTry: " in message
-    assert not (home.run / "failures.csv").exists()
+    said = sgsync.DriverMessage("42000", text)
+    assert said.remedy("the database sis", "dbo.sg_iep_upsert") == remedy
+    assert said.concerns_every_row
 
 
 def test_apply_stops_where_the_database_does_not_answer(postgres_home: homes.Home) -> None:
@@ -445,8 +592,7 @@ def test_apply_stops_where_the_database_does_not_answer(postgres_home: homes.Hom
     home.extract(ROWS)
     assert home.failed(4) == (
         f"iep.csv: insert of {key(ROWS[1])}: sg_iep_upsert: no answer from the database for 1 s\n"
-        "Try: see whether the server and the network to it are up, or raise queryTimeoutSeconds "
-        "on <Database>"
+        "Try: check the server and the network, or raise queryTimeoutSeconds on <Database>"
     )
     assert home.sis_rows() == ROWS[:1]
 
@@ -592,12 +738,25 @@ def test_apply_ends_at_once_when_it_is_interrupted(postgres_home: homes.Home) ->
 
 
 def test_failures_are_in_the_file_at_once(tmp_path: Path) -> None:
-    """Whatever happens to the run afterwards."""
-    path = tmp_path / "failures.csv"
-    with sgsync.Failures(path, 5) as found:
-        assert not path.exists()
-        error: Any = sgsync.DatabaseError('p: a "bad" value,\nreally')
-        found.add("iep.csv", "insert", "id=1", "p", error)
-        assert path.read_text(encoding="utf-8") == (
-            'operation,key,procedure,error\ninsert,id=1,p,"p: a ""bad"" value,\nreally"\n'
-        )
+    """Whatever happens to the run afterwards; with the line and, to be corrected, the row."""
+    source = 'id,name\r\n1,"A\nb"\r\n2,"say ""x"""\r\n3,Cid\r\n'
+    (tmp_path / "ia.csv").write_bytes(source.encode())
+    (tmp_path / "ic.csv").write_bytes(b"id,name\r\n0,Zed\r\n")
+    calls = {name: sgsync.Call(procedure="p") for name in ("insert", "delete")}
+    sql_diff = sgsync.SqlDiff(file="iep.csv", key=("id",), calls=calls)
+    paths = [tmp_path / name for name in ("ia.csv", "ic.csv", "diff.csv")]
+    found = sgsync.compare(*paths, sql_diff)
+    failures = sgsync.Failures(tmp_path, 5)
+    assert not (tmp_path / "failures.csv").exists()
+    error: Any = sgsync.DatabaseError('p: a "bad" value,\nreally')
+    failures.add(found, "insert", ("2", 'say "x"'), error)
+    told = 'operation,key,line,procedure,error\r\ninsert,id=2,4,p,"p: a ""bad"" value,\nreally"\r\n'
+    assert (tmp_path / "failures.csv").read_bytes().decode() == told
+    rejected = tmp_path / "failures" / "iep.csv"
+    assert rejected.read_bytes() == b'id,name\r\n2,"say ""x"""\r\n'
+    failures.add(found, "insert", ("1", "A\nb"), error)  # again from the first row on
+    failures.add(found, "delete", ("0", "Zed"), error)
+    rows = list(csv.reader((tmp_path / "failures.csv").open(encoding="utf-8", newline="")))
+    assert [row[:3] for row in rows[2:]] == [["insert", "id=1", "2"], ["delete", "id=0", ""]]
+    assert rejected.read_bytes() == b'id,name\r\n2,"say ""x"""\r\n1,"A\nb"\r\n'
+    assert found.line_of(("9", "x")) == 0

@@ -997,19 +997,20 @@ PASSWORDS = [
 ]
 
 
-@pytest.mark.parametrize("form", ["${env:TEST_PASSWORD}", "{${env:TEST_PASSWORD}}"])
+@pytest.mark.parametrize("written", ["${env:TEST_PASSWORD}", "{${env:TEST_PASSWORD}}"])
 def test_load_config_quotes_passwords_for_odbc(
     tmp_path: Path,
     postgres_server: servers.Postgres,
     monkeypatch: pytest.MonkeyPatch,
-    form: str,
+    written: str,
 ) -> None:
     """Every password logs in to a real server through a real driver."""
     import pyodbc
 
     postgres_server.start()
     admin = servers.Database("postgresql", postgres_server.connection_string())
-    given = postgres_server.connection_string(password=form).replace("UID=sgsync", "UID=sg_quoted")
+    given = postgres_server.connection_string(password=written)
+    given = given.replace("UID=sgsync", "UID=sg_quoted")
     text = changed("Driver={Some};Server=db;UID=sis;PWD=${env:TEST_PASSWORD}", given)
     admin.execute("CREATE ROLE sg_quoted LOGIN")
     try:
@@ -1089,12 +1090,11 @@ def test_load_config_tells_of_a_keyring_without_the_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = "config.xml:5: <SFTP passphrase>: the keyring entry sftp_key is"
+    store = sgsync.command_line([*sgsync.PROGRAM, "secret", "set", "sftp_key"])
     keyring(monkeypatch, {})
-    assert error(tmp_path, KEYRING) == (
-        f"{place} not set\nTry: store it: keyring set sgsync sftp_key"
-    )
+    assert error(tmp_path, KEYRING) == (f"{place} not set\nTry: store it: {store}")
     keyring(monkeypatch, {"sftp_key": ""})
-    assert error(tmp_path, KEYRING) == f"{place} empty\nTry: store it: keyring set sgsync sftp_key"
+    assert error(tmp_path, KEYRING) == f"{place} empty\nTry: store it: {store}"
     keyring(monkeypatch, None)
     assert error(tmp_path, KEYRING) == (
         "config.xml:5: <SFTP passphrase>: the keyring entry sftp_key cannot be read: the store is "
@@ -1348,3 +1348,24 @@ def test_load_config_loads_or_raises_configerror(
         assert max(numbers) <= content.count(b"\n") + 2
     else:
         assert isinstance(config, wanted)
+
+
+def test_load_environment_sets_what_is_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SGSYNC_A", "SGSYNC_B", "SGSYNC_C"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SGSYNC_D", "set")
+    text = "\ufeff# secrets\n\nSGSYNC_A='p\"= #'\r\n SGSYNC_B = x y \nSGSYNC_C=\nSGSYNC_D=file\n"
+    sgsync.load_environment(tmp_path)
+    (tmp_path / "sgsync.env").write_bytes(text.encode())
+    sgsync.load_environment(tmp_path)
+    found = [os.environ[f"SGSYNC_{letter}"] for letter in "ABCD"]
+    assert found == ['p"= #', "x y", "", "set"]
+    (tmp_path / "sgsync.env").write_text("; fine\nexport PASSWORD", encoding="utf-8")
+    with pytest.raises(sgsync.ConfigError) as caught:
+        sgsync.load_environment(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'sgsync.env'}:2: is not NAME=VALUE\nTry: correct or delete that line"
+    )

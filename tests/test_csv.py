@@ -249,7 +249,7 @@ def test_csv_file_cut_anywhere_gives_whole_records_or_an_error(tmp_path: Path, s
         'a,b\n"1",2\n',
     ],
 )
-def test_csv_file_brings_all_spellings_into_one_form(tmp_path: Path, text: str) -> None:
+def test_csv_file_reads_all_spellings_alike(tmp_path: Path, text: str) -> None:
     path = tmp_path / "iep.csv"
     path.write_bytes(text.encode())
     with sgsync.CsvFile(path) as file:

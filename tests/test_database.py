@@ -5,12 +5,20 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import importlib.abc
+import io
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyodbc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sgsync
 from support import homes, servers
@@ -20,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("short_pauses", "no_sftp")
 ROWS = [("1001", "2026-01-05", "LOCKED", "Ann"), ("1002", "2026-01-06", "LOCKED", "Bob")]
 RETRIES = sgsync.RETRY_ATTEMPTS - 1
 QUERY = "ic/iep.csv: the query (config.xml:9)"
-UNREACHABLE = "Try: see whether the database server is up and a firewall lets this machine reach it"
+UP = "check that the database server is running and that no firewall blocks it"
+UNREACHABLE = f"Try: {UP}"
 
 
 def nothing(_: int) -> None:
@@ -32,10 +41,12 @@ def opened(connection_string: str, **values: Any) -> sgsync.Database:
     return sgsync.Database(sgsync.DatabaseSettings(**known))
 
 
-def exported(database: servers.Database, sql: str, path: Path, form: str | None = None) -> str:
+def exported(
+    database: servers.Database, sql: str, path: Path, date_format: str | None = None
+) -> str:
     """The CSV file that a query makes, read by Python's own reader into lines joined by |."""
     with opened(database.connection_string) as connection:
-        sgsync.write_query(connection, "subject", sql, path, nothing, form)
+        sgsync.write_query(connection, "subject", sql, path, nothing, date_format)
     with path.open(encoding="utf-8", newline="") as file:
         return "\n".join("|".join(row) for row in csv.reader(file))
 
@@ -59,7 +70,7 @@ def test_connect_refuses_a_wrong_password_at_once(
     assert message.startswith("the database: ")
     assert message.endswith(
         'FATAL: password authentication failed for user "sgsync"\n'
-        "Try: see that user, password and database in connectionString are right"
+        "Try: check user, password and database in connectionString"
     )
     assert "trying again" not in postgres_home.log
     assert "s3cret-and-wrong" not in postgres_home.log
@@ -72,7 +83,7 @@ def test_connect_refuses_an_unknown_database_at_once(
     postgres_home.configure(connection=postgres_server.connection_string("nowhere"))
     assert postgres_home.refused(4).endswith(
         'FATAL: database "nowhere" does not exist\n'
-        "Try: see that user, password and database in connectionString are right"
+        "Try: check user, password and database in connectionString"
     )
     assert "trying again" not in postgres_home.log
 
@@ -104,7 +115,7 @@ def test_connect_names_a_missing_driver(
     sqlite_home.configure(connection=connection)
     assert sqlite_home.refused(4).startswith(
         f"the database: {reason}\n"
-        "Try: correct Driver= in connectionString or install that driver; here are: "
+        "Try: correct Driver= in connectionString, or install that driver; installed: "
     )
 
 
@@ -114,16 +125,53 @@ def test_connect_names_a_missing_package(
     monkeypatch.setitem(sys.modules, "pyodbc", None)
     with pytest.raises(sgsync.DatabaseError) as caught:
         opened(sqlite_home.database.connection_string).connect()
+    requirements = Path(sgsync.__file__).with_name("requirements.txt")
     assert str(caught.value) == (
-        "the ODBC package cannot be loaded: import of pyodbc halted; None in sys.modules\n"
-        "Try: pip install -r requirements.txt; on Linux also install unixODBC "
-        "(apt-get install unixodbc)"
+        "cannot load the ODBC package: import of pyodbc halted; None in sys.modules\n"
+        f"Try: {sys.executable} -m pip install -r {requirements}"
     )
 
 
+def test_packages_remedy_works_as_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In this Python, from any folder, however the folder of the script is called."""
+    folder = tmp_path / "a folder's (name)"
+    folder.mkdir()
+    (folder / "requirements.txt").write_text("no-such-package @ file:///nowhere\n")
+    monkeypatch.setattr(sgsync, "SCRIPT", folder / "sgsync.py")
+    ended = subprocess.run(
+        f"{sgsync.packages_remedy()} --no-index --disable-pip-version-check",
+        shell=True, cwd="/", capture_output=True, encoding="utf-8", timeout=60, check=False,
+    )  # fmt: skip
+    assert f"Processing /nowhere (from -r {folder / 'requirements.txt'} (line 1))" in ended.stdout
+
+
+def test_connect_names_a_missing_unixodbc(
+    sqlite: servers.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the loader words it on a machine without it."""
+    missing = "libodbc.so.2: cannot open shared object file: No such file or directory"
+
+    class Loader(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "pyodbc":
+                raise ImportError(missing)
+
+    monkeypatch.delitem(sys.modules, "pyodbc")
+    monkeypatch.setattr(sys, "meta_path", [Loader(), *sys.meta_path])
+    with pytest.raises(sgsync.DatabaseError) as caught:
+        opened(sqlite.connection_string).connect()
+    assert str(caught.value) == (
+        f"cannot load the ODBC package: {missing}\n"
+        "Try: install unixODBC (sudo apt-get install unixodbc)"
+    )
+
+
+SLOW = "check the server and the network, or raise queryTimeoutSeconds on <Database>"
 MSSQL = "[Microsoft][ODBC Driver 18 for SQL Server]"
-UP = "see whether the database server is up and a firewall lets this machine reach it"
-RUN_PROCEDURES = "run procedures.sql in this database, and grant EXECUTE to the user of sgsync"
+RUN_PROCEDURES = (
+    "run procedures.sql in the database sis, where sgsync looked for it, or correct "
+    "connectionString if that is the wrong database"
+)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +189,14 @@ RUN_PROCEDURES = "run procedures.sql in this database, and grant EXECUTE to the 
             "28000", f"[28000] {MSSQL}[SQL Server]Login failed for user 'x'. (18456) "
             "(SQLDriverConnect)",
             "Login failed for user 'x'.",
-            "see that user, password and database in connectionString are right", False,
+            "check user, password and database in connectionString", False,
         ),
         (
             "08001", f"[08001] {MSSQL}SSL Provider: [error:0A000086:SSL routines::certificate "
             "verify failed:self-signed certificate] (-1) (SQLDriverConnect)",
             "SSL Provider: [error:0A000086:SSL routines::certificate verify failed:self-signed "
             "certificate]",
-            "let this machine trust the authority that signed the server's certificate, or add "
+            "make this machine trust the issuer of the server's certificate, or add "
             "TrustServerCertificate=yes to connectionString", False,
         ),
         (
@@ -167,6 +215,22 @@ RUN_PROCEDURES = "run procedures.sql in this database, and grant EXECUTE to the 
             "(SQLExecDirectW)",
             "Could not find stored procedure 'dbo.p'.", RUN_PROCEDURES, False,
         ),
+        (
+            "HYT00", f"[HYT00] {MSSQL}Query timeout expired (0) (SQLExecDirectW)",
+            "Query timeout expired", SLOW, False,
+        ),
+        (
+            "42S02", f"[42S02] {MSSQL}[SQL Server]Invalid object name 'dbo.certificates'. (208) "
+            "(SQLExecDirectW)",
+            "Invalid object name 'dbo.certificates'.",
+            "correct the SQL or the names in config.xml, or run procedures.sql", False,
+        ),
+        (
+            "42000", f"[42000] {MSSQL}[SQL Server]The SELECT permission was denied on the object "
+            "'IEP', database 'sis', schema 'samegoal'. (229) (SQLExecDirectW)",
+            "The SELECT permission was denied on the object 'IEP', database 'sis', schema "
+            "'samegoal'.", "grant SELECT on samegoal.IEP to sgsync's database user", False,
+        ),
         ("", "", "the driver gave no reason", "", False),
     ],
 )  # fmt: skip
@@ -174,7 +238,9 @@ def test_translated_tells_what_sql_server_says(
     sqlstate: str, text: str, told: str, remedy: str, transient: bool
 ) -> None:
     """As Microsoft's driver words it, where no server of theirs is at hand."""
-    error = opened("x")._translated("subject", pyodbc.Error(sqlstate, text))
+    database = opened("x")
+    database._place = "the database sis"
+    error = database._translated("subject", pyodbc.Error(sqlstate, text))
     assert (error.message, error.remedy) == (f"subject: {told}", remedy)
     assert (error.sqlstate, error.transient) == (sqlstate, transient)
 
@@ -208,7 +274,7 @@ def test_export_of_no_rows_is_an_error_and_changes_nothing(home: homes.Home) -> 
     home.extract(ROWS)
     home.sis(ROWS[:1])
     query(home, "UPDATE iep SET manager = 'changed'")
-    assert home.refused(4) == (f"{QUERY}: gives no columns\nTry: write a SELECT")
+    assert home.refused(4) == (f"{QUERY}: returns no columns\nTry: write a SELECT")
 
 
 def test_export_sees_an_error_behind_many_rows(postgres_home: homes.Home) -> None:
@@ -231,9 +297,7 @@ def test_export_is_given_up_after_the_query_timeout(postgres_home: homes.Home) -
     postgres_home.configure(database='queryTimeoutSeconds="1"')
     query(postgres_home, "SELECT pg_sleep(60)")
     assert postgres_home.refused(4) == (
-        f"{QUERY}: no answer from the database for 1 s\n"
-        "Try: see whether the server and the network to it are up, or raise queryTimeoutSeconds "
-        "on <Database>"
+        f"{QUERY}: no answer from the database for 1 s\nTry: {SLOW}"
     )
     assert not active(postgres_home, "pg_sleep")
 
@@ -340,6 +404,38 @@ def test_to_text_writes_dates_as_the_other_side_does() -> None:
     assert sgsync.to_text(datetime.time(8, 30), "%m/%d/%Y") == "08:30:00"
 
 
+def by_csv_writer(rows: Sequence[Sequence[object]], date_format: str | None) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([[sgsync.to_text(v, date_format) for v in row] for row in rows])
+    return text.getvalue().encode()
+
+
+def columns_of(values: st.SearchStrategy[object]) -> st.SearchStrategy[list[list[object]]]:
+    return st.integers(1, 4).flatmap(
+        lambda width: st.lists(
+            st.lists(values, min_size=width, max_size=width), min_size=1, max_size=5
+        )
+    )
+
+
+PLAIN = st.text(st.characters(categories=["L", "N", "P"], exclude_characters=',"'), max_size=4)
+HARD_TEXT = st.text(st.sampled_from('a,"\r\n é😀 \0'), max_size=4)
+VALUES = st.one_of(
+    PLAIN, HARD_TEXT, st.none(), st.booleans(), st.integers(), st.decimals(), st.dates(),
+    st.datetimes(), st.times(), st.binary(max_size=3), st.floats(allow_nan=False),
+)  # fmt: skip
+
+
+@given(
+    rows=st.one_of(map(columns_of, (PLAIN, HARD_TEXT, st.none() | PLAIN, st.dates(), VALUES))),
+    date_format=st.sampled_from([None, "%m/%d/%Y"]),
+)
+def test_csv_lines_are_those_of_csv_writer(
+    rows: list[list[object]], date_format: str | None
+) -> None:
+    assert sgsync.csv_lines(rows, date_format) == by_csv_writer(rows, date_format)
+
+
 TYPES = {
     "sqlite": (
         "CREATE TABLE t (a integer, b varchar(9), c date, d float, e blob, f bigint, g varchar(9))",
@@ -370,7 +466,7 @@ TYPES = {
 }
 
 
-def test_write_query_writes_each_type_in_one_form(
+def test_write_query_writes_each_type_in_one_format(
     database: servers.Database, tmp_path: Path
 ) -> None:
     create, insert, select, text = TYPES[database.kind]
@@ -411,7 +507,12 @@ def test_write_query_keeps_every_character(database: servers.Database, tmp_path:
         assert [row[1] for row in csv.reader(file)][1:] == HARD
 
 
-@pytest.mark.parametrize("count", [0, 1, sgsync.FETCH_ROWS, 2 * sgsync.FETCH_ROWS + 1])
+AT_ONCE = sgsync.FETCH_ROWS * sgsync.FETCHES
+
+
+@pytest.mark.parametrize(
+    "count", [0, 1, sgsync.FETCH_ROWS, AT_ONCE - 1, AT_ONCE, AT_ONCE + 1, 2 * AT_ONCE]
+)
 def test_write_query_counts_rows(sqlite: servers.Database, tmp_path: Path, count: int) -> None:
     sqlite.execute("CREATE TABLE t (n integer)")
     if count:
@@ -425,8 +526,8 @@ def test_write_query_counts_rows(sqlite: servers.Database, tmp_path: Path, count
     assert path.read_text().split() == ["n", *map(str, range(count))]
 
 
-def test_query_options_bring_two_forms_together(postgres_home: homes.Home) -> None:
-    """dateFormat, nullText, trim and sort: the same rows in two forms are no change."""
+def test_query_options_bring_two_formats_together(postgres_home: homes.Home) -> None:
+    """dateFormat, nullText, trim and sort: the same rows in two formats are no change."""
     home = postgres_home
     home.extract([("9", "01/05/2026", "LOCKED ", "NULL"), ("10", "01/06/2026", "OPEN", "Bob")])
     home.sis([("10", "2026-01-06", "OPEN", "Bob"), ("9", "2026-01-05", "LOCKED", "")])
@@ -438,6 +539,147 @@ def test_query_options_bring_two_forms_together(postgres_home: homes.Home) -> No
     )
     assert home.main() == 0
     assert home.summary["message"] == "nothing to do: both sides are equal"
+
+
+# ------------------------------------------------------------------ what SQL Server is sent
+
+
+class Recorder:
+    """Stands for pyodbc's connection and cursor, where no SQL Server can be had."""
+
+    description = None
+
+    def __init__(self, driver: str) -> None:
+        self.told = {
+            pyodbc.SQL_DBMS_NAME: sgsync.MSSQL,
+            pyodbc.SQL_DATABASE_NAME: "sis",
+            pyodbc.SQL_DRIVER_NAME: driver,
+        }
+        self.sent: list[tuple[str, list[object], list[object] | None]] = []
+        self.sizes: list[object] | None = None
+
+    def getinfo(self, what: int) -> str:
+        return self.told[what]
+
+    def cursor(self) -> Recorder:
+        return self
+
+    def setinputsizes(self, sizes: list[object] | None) -> None:
+        self.sizes = sizes
+
+    def execute(self, sql: str, parameters: Sequence[object]) -> None:
+        self.sent.append((sql, list(parameters), self.sizes))
+
+    def nextset(self) -> bool:
+        return False
+
+    def commit(self) -> None:
+        self.sent.append(("commit", [], None))
+
+    rollback = close = commit
+
+
+SHORT = (pyodbc.SQL_WVARCHAR, 4000, 0)
+NTEXT = (pyodbc.SQL_WLONGVARCHAR, 2**30 - 1, 0)
+MAX = (pyodbc.SQL_WVARCHAR, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("driver", "long"),
+    [
+        ("libmsodbcsql-18.6.so.2.1", MAX),
+        ("msodbcsql17.dll", MAX),
+        ("SQLNCLI11.DLL", MAX),
+        ("libtdsodbc.so", NTEXT),
+        ("SQLSRV32.DLL", NTEXT),
+    ],
+)
+def test_calls_give_sql_server_the_type_of_every_parameter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str, long: tuple[int, int, int]
+) -> None:
+    """Of NULL, too: without, Microsoft's driver asks the server about each of them."""
+    recorder = Recorder(driver)
+    monkeypatch.setattr(pyodbc, "connect", lambda *_, **__: recorder)
+    call = sgsync.Call(procedure="[my schema].p")
+    sql_diff = sgsync.SqlDiff(file="a.csv", key=("id",), calls={"insert": call})
+    columns, failures = ("id", "note"), sgsync.Failures(tmp_path, 0)
+    key = sgsync.Key(sql_diff.key, columns, "a.csv")
+    found, tally = sgsync.Comparison(sql_diff, columns, key), sgsync.Tally()
+    with opened("x") as database:
+        applier = sgsync.Applier(database, found, "insert", tally, failures)
+        applier.apply([("1", ""), ("2", "x" * 2000), ("3", "😀" * 2001), *[("4", "")] * 48])
+        sent = recorder.sent.copy()
+    assert tally.applied == 51
+    call_text = "EXEC [my schema].p ?, ?"
+    (sql, values, types), (rest, *_), (commit, *_) = sent
+    assert sql == "\n;\n".join([call_text] * 50) + "\n;"
+    assert rest == call_text + "\n;"
+    assert commit == "commit"
+    assert values[:6] == ["1", pyodbc.BinaryNull, "2", "x" * 2000, "3", "😀" * 2001]
+    assert values[6:] == ["4", pyodbc.BinaryNull] * 47
+    assert types == [*[SHORT] * 5, long, *[SHORT] * 94]
+
+
+@pytest.mark.parametrize(
+    ("sql", "on_sql_server", "on_postgresql"),
+    [
+        ("{CALL p}", "EXEC p", "CALL p()"),
+        (" { call dbo.p ( ?, 'a)' ) } ", "EXEC dbo.p ?, 'a)'", "CALL dbo.p(?, 'a)')"),
+        ("{CALL [a b].[c(d](?)}", "EXEC [a b].[c(d] ?", "CALL [a b].[c(d](?)"),
+        ('{CALL "a b"(?)}', 'EXEC "a b" ?', 'CALL "a b"(?)'),
+        ("SELECT '{CALL p}'", "SELECT '{CALL p}'", "SELECT '{CALL p}'"),
+    ],
+)
+def test_spelled_writes_a_call_as_each_database_wants_it(
+    sql: str, on_sql_server: str, on_postgresql: str
+) -> None:
+    database = opened("x")
+    assert database.spelled(sql) == sql
+    for database.name, wanted in (
+        (sgsync.MSSQL, on_sql_server), (sgsync.POSTGRESQL, on_postgresql)
+    ):  # fmt: skip
+        assert database.spelled(sql) == wanted
+
+
+# ------------------------------------------------------------------ waiting
+
+
+def test_finished_tells_the_end_a_failure_and_the_time() -> None:
+    gate = threading.Event()
+    workers = sgsync.Worker("one"), sgsync.Worker("two")
+    slow = workers[0].submit(gate.wait)
+    assert not sgsync.finished([slow], 0.01)
+    failing = workers[1].submit(lambda: 1 / 0)
+    assert sgsync.finished([slow, failing])  # although the first one still works
+    assert isinstance(failing.exception(), ZeroDivisionError)
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(sgsync.CancelledError):
+        sgsync.finished([slow], 10, cancelled)
+    gate.set()
+    assert sgsync.finished([slow], 10)
+    for worker in workers:
+        worker.end()
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def test_together_waits_for_the_one_that_it_cancels() -> None:
+    stop, events = threading.Event(), list[str]()
+
+    def work() -> None:
+        stop.wait(10)
+        time.sleep(0.02)
+        events.append("ended")
+
+    def fail() -> int:
+        raise sgsync.DataError("first")
+
+    with pytest.raises(sgsync.DataError, match="first"):
+        sgsync.together(fail, work, lambda: (events.append("cancelled"), stop.set()))
+    assert events == ["cancelled", "ended"]
+    assert sgsync.together(lambda: 7, lambda: events.append("both"), stop.set) == 7
+    assert events[2:] == ["both"]
 
 
 # ------------------------------------------------------------------ statements
@@ -546,7 +788,7 @@ def test_statements_with_a_file_must_select(home: homes.Home) -> None:
     home.extract(ROWS)
     home.configure(upload='<SQL file="a.csv">DELETE FROM iep</SQL>')
     assert home.failed(4) == (
-        f"statement 1 of <Upload> (config.xml:{home.line('<SQL ')}), a.csv: gives no columns\n"
+        f"statement 1 of <Upload> (config.xml:{home.line('<SQL ')}), a.csv: returns no columns\n"
         "Try: write a SELECT"
     )
     assert home.sis_rows() == ROWS

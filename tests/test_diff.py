@@ -280,7 +280,7 @@ def test_diff_refuses_what_does_not_ascend_on_either_side(
 
 def pass_all(rows: sgsync.OrderedRows, size: int) -> None:
     while rows.fill():
-        rows.take(rows.ahead(size)[0])
+        rows.take(rows.ahead(size))
 
 
 @settings(max_examples=150)
@@ -304,7 +304,7 @@ def test_sorted_blocks_are_what_python_sorts(
     path.write_bytes(text.encode())
     with sizes(block, run), sgsync.CsvFile(path) as file:
         found = sgsync.Key(key.split(",") if key else None, file.columns, "ic/iep.csv")
-        blocks = list(sgsync.Sorter(file, file.blocks(), found).blocks())
+        blocks = list(sgsync.Sorter(file, found).blocks())
         joined = b"".join(block.data for block in blocks)
         in_order = [sgsync.decode_row(row) for row in joined[:-1].split(b"\n")]
         assert sorted(in_order) == sorted(rows)
@@ -317,7 +317,7 @@ def test_sorted_blocks_are_what_python_sorts(
             lines.setdefault(of(row), line)
             line += 1 + sum(field.count("\n") for field in row)
         if twice:
-            ordered = sgsync.OrderedRows(file, iter(blocks), found)
+            ordered = sgsync.OrderedRows(file, found, iter(blocks))
             with pytest.raises(sgsync.DataError) as caught:
                 pass_all(ordered, block)
             _, line_before, line = min(twice)
@@ -338,7 +338,7 @@ def test_sorted_blocks_order_a_line_break_among_control_characters(
     for key in ("a", "b,a", None):
         with sizes(block, sort=1), sgsync.CsvFile(files[0]) as file:
             found = sgsync.Key(key.split(",") if key else None, ("a", "b"), "")
-            blocks = sgsync.Sorter(file, file.blocks(), found).blocks()
+            blocks = sgsync.Sorter(file, found).blocks()
             data = b"".join(block.data for block in blocks)
             found = [list(sgsync.decode_row(row)) for row in data[:-1].split(b"\n")]
             assert found == rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 
@@ -110,6 +111,88 @@ def test_sync_a_stale_extract_is_held_and_can_be_approved(sqlite_home: homes.Hom
     assert "Changes in all: iep.csv 1 to insert\nTry: ask SameGoal for a newer extract" in message
     assert home.main("sync", "--approve", home.run.name) == 0
     assert home.sis_rows() == rows(1001)
+
+
+def test_sync_holds_too_many_inserts(sqlite_home: homes.Home) -> None:
+    home = sqlite_home
+    home.configure(limits='maxInserts="50%" minRows="2"')
+    home.extract(rows(1001, 1002))
+    assert home.main() == 0  # a first load: the database has fewer rows than minRows
+    home.extract(rows(1001, 1002, 1003, 1004), epoch="20260102-000000")
+    assert "iep.csv: 2 inserts of 2 rows, maxInserts is 50%; they begin with" in held(home)
+    assert home.main("sync", "--approve", home.run.name) == 0
+    home.configure(limits="", diff='maxInserts="0"')
+    home.extract(rows(1001, 1002, 1003, 1004, 1005), epoch="20260103-000000")
+    assert "1 insert of 4 rows, maxInserts is 0" in held(home)
+
+
+def test_sync_holds_an_empty_export_of_the_database(sqlite_home: homes.Home) -> None:
+    """As when a view was changed: everything would be inserted again."""
+    home = sqlite_home
+    home.extract(rows(1001, 1002))
+    assert home.main() == 0
+    home.sis([])
+    told = "2 inserts of 0 rows, the query returned no rows, after 2 in the last complete run, so "
+    assert told in held(home)
+    assert home.main("sync", "--approve", home.run.name) == 0
+    assert home.sis_rows() == rows(1001, 1002)
+
+
+def test_sync_holds_what_is_unusual(sqlite_home: homes.Home) -> None:
+    home = sqlite_home
+    home.configure(limits='usual="2"')
+    home.extract(rows(*range(1000, 1012)))
+    assert home.main() == 0  # nothing is known to be usual
+    home.extract(rows(*range(1000, 1024)), epoch="20260102-000000")
+    assert home.main() == 0  # up to 24
+    home.extract(rows(*range(1000, 1049)), epoch="20260103-000000")
+    told = "25 inserts of 24 rows, usual are 12 to 12 in a run, the limit is 24; they begin with"
+    assert told in held(home)
+    assert home.main("sync", "--approve", home.run.name) == 0
+
+
+@pytest.mark.parametrize(("pause", "runs"), [("from", False), ("to", False), ("over", True)])
+def test_sync_does_nothing_in_a_pause(sqlite_home: homes.Home, pause: str, runs: bool) -> None:
+    home = sqlite_home
+    today, day = datetime.date.today(), datetime.timedelta(1)
+    first, last = {
+        "from": (today, today + day),
+        "to": (today - 9 * day, today),
+        "over": (today - 9 * day, today - day),
+    }[pause]
+    home.configure(history=f'<Pause from="{first}" to="{last}" why="rollover"/>')
+    home.extract(rows(1001))
+    assert home.main() == 0
+    assert bool(home.sis_rows()) is runs
+    if not runs:
+        assert home.summary["outcome"] == "paused"
+        told = f"nothing was done: config.xml has a <Pause> from {first} to {last} (rollover)"
+        assert home.summary["message"] == told
+        assert not (home.run / "ia").exists()
+        assert home.main("sync", "--dry-run") == 0
+        assert home.summary["outcome"] == "dry run"
+        assert home.main("sync", "--force") == 0
+        assert home.sis_rows() == rows(1001)
+
+
+def test_sync_holds_a_file_of_a_statement_that_shrank(sqlite_home: homes.Home) -> None:
+    home = sqlite_home
+    home.configure(
+        upload='<SQL file="guardians.csv" maxShrink="10%">SELECT studentNumber FROM iep</SQL>',
+    )
+    home.extract(rows(*range(1000, 1010)))
+    assert home.main() == 0
+    home.extract(rows(*range(1000, 1008)), epoch="20260102-000000")
+    message = held(home)
+    assert message.startswith(
+        "nothing was uploaded: guardians.csv: 8 rows instead of 10 in the last complete run, "
+        "maxShrink is 10%. The database is up to date: 0 rows inserted, 0 rows updated, "
+        "2 rows deleted\nTry: "
+    )
+    epoch = home.run.name
+    assert home.main() == 6  # and again the next night
+    assert home.main("sync", "--approve", epoch) == 0
+    assert home.main() == 0  # it is the last complete run now
 
 
 def test_sync_dry_run_tells_what_would_be_held(sqlite_home: homes.Home) -> None:

@@ -29,8 +29,8 @@ from support.districts import FILES, GPA, TODAY, District, csv_rows, populate
 REAL = sgsync.Oracle
 LOGIN = sgsync.OracleLogin("psnavigator", "Tiger&7", "ps.example.org:1521/PSPRODDB")
 FIREWALL = (
-    "Try: nothing answers there: see whether host and port in POWERSCHOOL_PROD_DB are right, the "
-    "database is up, and a firewall lets this machine reach it"
+    "Try: check host and port in POWERSCHOOL_PROD_DB, that the database is running, and that no "
+    "firewall blocks it"
 )
 DSN = "Try: write POWERSCHOOL_PROD_DB as host:port/service"
 
@@ -72,33 +72,32 @@ ADVICE = [
     (
         "DPY-3010: connections to this database server version are not supported by "
         "python-oracledb in thin mode",
-        f"this server is older than Oracle 12.1, which thin mode cannot speak to: {THICK}",
+        f"this server is older than Oracle 12.1, which needs thick mode: {THICK}",
         False,
     ),
     (
         "DPY-3015: password verifier type 0x939 is not supported by python-oracledb in thin mode",
-        "this account's password is stored in the old 10G form: ask the database administrator "
-        f"to set the password anew, or {THICK}",
+        "this account's password is stored in the old 10G format: ask the database administrator "
+        f"to set the password again, or {THICK}",
         False,
     ),
     (
         "DPY-4011: the database or network closed the connection",
-        "run it again; where every connection ends like this at once, the server may demand native "
-        f"network encryption, which thin mode lacks: {THICK}",
+        "run it again; if every connection ends this way, the server may require native network "
+        f"encryption, which needs thick mode: {THICK}",
         True,
     ),
     (
         "ORA-01017: invalid username/password; logon denied",
-        "see that POWERSCHOOL_READ_USER and POWERSCHOOL_DB_PASSWORD are right (capitals count in "
-        "the password)",
+        "check POWERSCHOOL_READ_USER and POWERSCHOOL_DB_PASSWORD (the password is case-sensitive)",
         False,
     ),
     ("ORA-12541: TNS:no listener", FIREWALL.removeprefix("Try: "), True),
     (
         "ORA-12514: TNS:listener does not currently know of service requested in connect "
         "descriptor",
-        "the listener does not know this service: correct the part behind the / in "
-        "POWERSCHOOL_PROD_DB, or wait until the database is open",
+        "correct the service name in POWERSCHOOL_PROD_DB (the part after the /), or wait until the "
+        "database is open",
         False,
     ),
     (
@@ -108,8 +107,8 @@ ADVICE = [
     ),
     (
         "ORA-28001: The password has expired.",
-        "the account's password has expired: ask the database administrator to set it anew, and "
-        "change POWERSCHOOL_DB_PASSWORD",
+        "the account's password has expired: ask the database administrator for a new one, and set "
+        "POWERSCHOOL_DB_PASSWORD to it",
         False,
     ),
     (
@@ -120,7 +119,7 @@ ADVICE = [
     (
         "DPY-4011: the database or network closed the connection\n"
         "socket timed out while recovering from previous socket timeout",
-        "run it when the database is idle, or raise queryTimeoutSeconds on <SchooLinks>",
+        "run it when the database is less busy, or raise queryTimeoutSeconds on <SchooLinks>",
         False,
     ),
     ("ORA-00600: internal error code", "", False),
@@ -256,8 +255,8 @@ def test_connect_without_oracles_client_where_thick_mode_asks_for_it(
     assert ended.returncode == 4, ended.stderr
     message = district.summary["message"]
     assert message.startswith("PowerSchool: cannot connect: DPI-1047: Cannot locate a 64-bit ")
-    assert message.splitlines()[1] == (
-        "Try: install Oracle Instant Client of the same kind (64 bit) as Python, and name its "
+    assert district.summary["remedy"] == (
+        "install Oracle Instant Client in the version that matches Python (64-bit), and name its "
         "folder in clientDirectory= on <SchooLinks>"
     )
 
@@ -394,9 +393,10 @@ def test_query_makes_one_more_round_trip_for_each_array_of_rows(
     login = sgsync.OracleLogin(oracle.user, oracle.password, wire.dsn)
     with REAL(config, login) as connection:
         connection.connect()
-        for query in (sgsync.student_query(config), sgsync.attendance_query(config, TODAY)):
+        files = sgsync.StudentFiles(config, TODAY)
+        for query in (files.student_query(), files.attendance_query()):
             before = wire.round_trips
-            assert len(connection.query("PowerSchool", *query)) == 305
+            assert len(query.run(connection)) == 305
             assert wire.round_trips - before == 4  # 101, 100, 100 and 4 rows
 
 
@@ -457,7 +457,7 @@ def test_query_gives_up_on_a_server_that_goes_silent(
         connection.connect()
         wire.silent = True
         with pytest.raises(sgsync.DatabaseError) as caught:
-            connection.query("PowerSchool: the query", *sgsync.student_query(config))
+            sgsync.StudentFiles(config, TODAY).student_query().run(connection)
     message, remedy = str(caught.value).splitlines()
     assert re.search(r"timeout|socket timed out|no answer for 2 s", message)
     assert remedy == f"Try: {sgsync.ORACLE_ADVICE['DPY-4024']}"

@@ -5,12 +5,14 @@ The same queries on a server that speaks Oracle's protocol: test_oracle.py.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 from sqlglot import exp
 
 import sgsync
-from support import schoolinks_server
+from support import homes, schoolinks_server
 from support.districts import (
     ATTENDANCE,
     CONDITIONS,
@@ -110,7 +112,10 @@ VARIABLES = [
     "SCHOOLINKS_SFTP_PASSWORD",
     "SCHOOLINKS_SFTP_ADDRESS",
 ]
-REMEDY = "Try: set them for the account that runs sgsync, and start sgsync anew"
+REMEDY = (
+    "Try: write them into sgsync.env beside config.xml, or set them for the account that runs "
+    "sgsync"
+)
 
 
 def test_credentials_name_every_missing_variable_in_one_message(
@@ -140,6 +145,22 @@ def test_credentials_need_no_password_beside_a_private_key(
     assert district.refused(2) == f"not set in the environment: {', '.join(others)}\n{REMEDY}"
 
 
+def test_a_dry_run_needs_the_variables_of_powerschool_alone(
+    district: District, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    district.students(1001)
+    for name in VARIABLES[3:]:
+        monkeypatch.delenv(name)
+    assert district.main("--dry-run") == 0, district.log
+    assert csv_rows((district.run / GPA).read_bytes())[1:] == [["1001", "3.5", "4.25"]]
+    missing = ", ".join(VARIABLES[3:])
+    assert district.refused(2, "--test") == f"not set in the environment: {missing}\n{REMEDY}"
+    for name in VARIABLES[:3]:
+        monkeypatch.delenv(name)
+    missing = ", ".join(VARIABLES[:3])
+    assert district.refused(2, "--dry-run") == f"not set in the environment: {missing}\n{REMEDY}"
+
+
 @pytest.mark.parametrize(
     ("address", "host", "port"),
     [
@@ -155,7 +176,7 @@ def test_credentials_take_an_address_with_and_without_port(
 ) -> None:
     monkeypatch.setenv("SCHOOLINKS_SFTP_ADDRESS", address)
     settings = sgsync.load_config(district.path / "config.xml", sgsync.SchooLinksConfig).schoolinks
-    login, sftp = sgsync.schoolinks_credentials(settings, district.path)
+    login, sftp = sgsync.schoolinks_credentials(settings, district.path, upload=True)
     assert (sftp.host, sftp.port) == (host, port)
     assert (sftp.username, sftp.password) == (district.server.username, district.server.password)
     assert (login.user, login.dsn) == ("psnavigator", "ps.example.org:1521/PSPRODDB")
@@ -175,7 +196,7 @@ def test_credentials_refuse_what_is_no_address_and_do_not_show_it(
 ) -> None:
     monkeypatch.setenv("SCHOOLINKS_SFTP_ADDRESS", address)
     assert district.refused(2) == (
-        "SCHOOLINKS_SFTP_ADDRESS is no address\nTry: write the host, or host:port, alone"
+        "SCHOOLINKS_SFTP_ADDRESS is not an address\nTry: set it to the host, or host:port, alone"
     )
 
 
@@ -226,9 +247,8 @@ def test_load_config_schoolinks_defaults(tmp_path: Path) -> None:
     assert (str(s.max_shrink), s.quoting, s.private_key) == ("10%", "all", "")
     assert (s.thick_mode, s.client_directory, str(s.max_change)) == (False, None, "50%")
     assert (s.identifier, s.identifier_column) == ("student_number", "student_number")
-    assert s.attendance.view == "ps_adaadm_daily_ctod"
     assert s.attendance == sgsync.AttendanceSettings(
-        enabled=True, file=ATTENDANCE, scale="fraction"
+        enabled=True, file=ATTENDANCE, scale="fraction", view="ps_adaadm_daily_ctod"
     )
     assert s.gpa == sgsync.GpaSettings(
         enabled=True, file=GPA, table="u_def_ext_students0", unweighted="simple_gpa",
@@ -275,6 +295,7 @@ def test_load_config_a_section_that_is_missing_or_disabled_is_off(district: Dist
     assert not (district.run / GPA).exists()
 
 
+VIEW = "ps_adaadm_daily_ctod"
 TAG = '<Tag name="A" detailedName="B" description="C" table="t" column="c" equals="1"/>'
 
 
@@ -357,6 +378,16 @@ TAG = '<Tag name="A" detailedName="B" description="C" table="t" column="c" equal
         (
             '<SchooLinks><Attendance scale="percentage"/></SchooLinks>',
             "<Attendance scale>: 'percentage' is not one of fraction, percent\n"
+            "Try: correct the value",
+        ),
+        (
+            '<SchooLinks><Attendance view="ps_x a WHERE 1=1"/></SchooLinks>',
+            "<Attendance view>: 'ps_x a WHERE 1=1' is not a valid table name\n"
+            "Try: correct the value",
+        ),
+        (
+            '<SchooLinks identifierColumn="s.id"><GPA/></SchooLinks>',
+            "<SchooLinks identifierColumn>: 's.id' is not a valid column name\n"
             "Try: correct the value",
         ),
         (
@@ -455,10 +486,8 @@ def queries(path: Path, name: str) -> dict[str, tuple[str, dict[str, object]]]:
     attributes, sections = CONFIGURATIONS[name]
     text = f"<SchooLinks {attributes}>{''.join(sections.values())}</SchooLinks>"
     settings = load(path, text).schoolinks
-    return {
-        "students": sgsync.student_query(settings),
-        "attendance": sgsync.attendance_query(settings, TODAY),
-    }
+    files = sgsync.StudentFiles(settings, TODAY)
+    return {"students": files.student_query(), "attendance": files.attendance_query()}
 
 
 # What Oracle 12.1 takes from among what sqlglot knows, as far as these queries need it.
@@ -466,7 +495,7 @@ ORACLE_12 = (
     exp.Select, exp.From, exp.Join, exp.Where, exp.Group, exp.Order, exp.Ordered, exp.Table,
     exp.TableAlias, exp.Column, exp.Identifier, exp.Alias, exp.Sum, exp.Case, exp.If, exp.Is,
     exp.Not, exp.Null, exp.And, exp.EQ, exp.NEQ, exp.GTE, exp.LTE, exp.In, exp.Placeholder,
-    exp.Literal, exp.Paren,
+    exp.Literal, exp.Paren, exp.Count, exp.Distinct, exp.Star, exp.Sub,
 )  # fmt: skip
 
 
@@ -539,12 +568,12 @@ def test_attendance_query_reads_one_school_year(
 ) -> None:
     text = f'<SchooLinks schoolYearStart="{start}"><Attendance/></SchooLinks>'
     settings = load(tmp_path, text).schoolinks
-    binds = sgsync.attendance_query(settings, datetime.date(*today))[1]
+    binds = sgsync.StudentFiles(settings, datetime.date(*today)).attendance_query().binds
     assert binds["year_start"] == datetime.datetime(*first)
     assert binds["today"] == datetime.datetime(*today)
 
 
-def test_build_sections_asks_two_queries_however_many_students(district: District) -> None:
+def test_build_asks_two_queries_however_many_students(district: District) -> None:
     for number in range(1, 301):
         district.students(number)
     sections = district.sections()
@@ -705,6 +734,65 @@ def test_attendance_counts_this_school_year_up_to_today_under_the_fteid(district
     assert district.rows(ATTENDANCE) == [["1001", "0.3333333333333333"]]
 
 
+DEFAULTS = "ps_adaadm_defaults_all"
+
+
+def test_attendance_comes_from_the_view_of_the_configuration(district: District) -> None:
+    district.student(1001, days=[(1.0, 1.0)])
+    district.day(1001, TODAY, 0.25, view=DEFAULTS)
+    assert district.rows(ATTENDANCE) == [["1001", "1.0"]]
+    district.configure(attendance='<Attendance view="PS_AdaAdm_Defaults_All"/>')
+    assert district.rows(ATTENDANCE) == [["1001", "0.25"]]
+    assert "JOIN PS_AdaAdm_Defaults_All a ON" in district.powerschool.queries[-1]
+
+
+@pytest.mark.parametrize(("view", "other"), [(VIEW, DEFAULTS), (DEFAULTS, VIEW)])
+def test_a_view_with_a_day_twice_stops_everything(
+    district: District, view: str, other: str
+) -> None:
+    district.configure(attendance=f'<Attendance view="{view}"/>')
+    district.students(1001, 1002, 1003)
+    yesterday = TODAY - datetime.timedelta(1)
+    for number, day, present in [
+        (1001, TODAY, 1.0), (1002, TODAY, 1.0), (1002, TODAY, 1.0), (1002, yesterday, None),
+        (1002, yesterday, 1.0), (1003, TODAY, 1.0), (1003, TODAY, 0.5),
+    ]:  # fmt: skip
+        district.day(number, day, present, view=view)
+    if view == VIEW:
+        district.powerschool.execute("DELETE FROM ps_adaadm_daily_ctod WHERE rowid <= 3")
+    assert district.refused(5) == (
+        f"PowerSchool: {view} has more than one row for 3 student-days, for example for student "
+        "1003\n"
+        "Try: set view= on <Attendance> to a view with one row per student and day, such as "
+        f"{other}"
+    )
+    assert len(district.powerschool.queries) == 2
+
+
+def test_a_day_doubled_for_students_who_are_not_sent_stops_nothing(district: District) -> None:
+    district.students(1001)
+    for number, more in ((1002, {"schoolid": 901}), (1003, {"grade_level": 3})):
+        district.students(number, **more)
+        district.day(number, TODAY)
+    district.student(None, id=7)
+    district.day(7, TODAY)
+    district.day(7, TODAY)
+    district.day(1001, datetime.date(2025, 6, 30))  # of last year
+    district.day(1001, datetime.date(2025, 6, 30))
+    assert district.rows(ATTENDANCE) == [["1001", "1.0"]]
+
+
+def test_a_view_of_the_wrong_mode_uploads_no_empty_file(district: District) -> None:
+    district.students(1001, 1002)
+    assert district.main() == 0
+    district.configure(attendance=f'<Attendance view="{DEFAULTS}"/>')
+    assert district.refused(6).splitlines()[0] == (
+        "nothing was uploaded: attendance_percentage.csv: has no rows "
+        "(ps_adaadm_defaults_all has no membership days since 2025-07-01 for 2 students; view= on "
+        "<Attendance> may be for another attendance mode): 2 students would lose their attendance"
+    )
+
+
 @pytest.mark.parametrize(
     ("present", "member", "fraction", "percent"),
     [
@@ -835,21 +923,23 @@ def test_gpa_from_another_table(district: District) -> None:
 
 def test_a_student_number_of_a_float_column_is_a_whole_number(district: District) -> None:
     district.powerschool.execute("DROP TABLE students")
-    columns = "id, dcid, fteid, enroll_status, grade_level, schoolid, lastfirst"
+    columns = (
+        "id, dcid, fteid, enroll_status, grade_level, schoolid, lastfirst, state_studentnumber"
+    )
     district.powerschool.execute(f"CREATE TABLE students (student_number FLOAT, {columns})")
     district.students(1001, 1002)
     assert district.rows(ATTENDANCE) == [["1002", "1.0"], ["1001", "1.0"]]
     assert district.rows(GPA)[0][0] == district.rows(TAGS)[0][0] == "1002"
 
 
-def test_a_student_who_comes_twice_stops_everything(district: District) -> None:
+def test_a_student_who_appears_twice_stops_everything(district: District) -> None:
     district.students(1001, 1002, 1003)
     district.powerschool.insert("s_il_stu_x", [{"studentsdcid": 11002, "iep": 0}])
     assert district.refused(5) == (
-        "PowerSchool: the student 1002 comes twice: a table of <GPA> or <Tag> has more than one "
-        "row for a student, or two students share the number\n"
-        "Try: name a table that extends students one to one (studentsdcid is its key), or give one "
-        "of the students a number of their own"
+        "PowerSchool: student 1002 appears more than once: a table of <GPA> or <Tag> has several "
+        "rows for one student, or two students have the same student_number\n"
+        "Try: name a table with one row per student (its key is studentsdcid), or correct the "
+        "student_number in PowerSchool"
     )
 
 
@@ -859,7 +949,79 @@ def test_a_student_without_a_number_is_left_out_and_told(district: District) -> 
     district.student(None, dcid=5, id=6)
     assert district.main() == 0
     assert [row[0] for row in csv_rows(district.sent()[GPA])[1:]] == ["1001"]
-    assert "PowerSchool: 2 students without a student_number, left out\n" in district.log
+    assert (
+        " WARNING PowerSchool: 2 students left out: no student_number (students.student_number is "
+        "empty)\n" in district.log
+    )
+    assert "gpa.csv: 2 students left out (no student_number)\n" in district.log
+    for line in district.summary["files"]:
+        assert line["without"]["no student_number"] == 2
+
+
+@pytest.mark.parametrize(
+    ("attributes", "column", "identifiers"),
+    [
+        ('identifier="student_number"', "student_number", ["1002", "1001"]),
+        ('identifier="student_sis_id"', "id", ["8", "7"]),
+        ('identifier="student_state_id"', "state_studentnumber", ["IL-2", "09"]),
+        ('identifier="student_sis_id" identifierColumn="DCID"', "DCID", ["52", "51"]),
+    ],
+)
+def test_identifier_heads_and_orders_all_three_files(
+    district: District, attributes: str, column: str, identifiers: list[str]
+) -> None:
+    district.students(1001, id=7, dcid=51, state_studentnumber=" 09 ", days=[])
+    district.students(1002, id=8, dcid=52, state_studentnumber="IL-2", days=[])
+    for table in ("u_def_ext_students0", "s_il_stu_x"):
+        for number, dcid in ((1001, 51), (1002, 52)):
+            district.powerschool.execute(
+                f"UPDATE {table} SET studentsdcid = {dcid} WHERE studentsdcid = {10_000 + number}"
+            )
+    for identity in (7, 8):
+        district.day(identity, TODAY)
+    district.configure(attributes=attributes)
+    name = attributes.split('"')[1]
+    assert district.main() == 0, district.log
+    for file, data in district.sent().items():
+        header, *rows = csv_rows(data)
+        assert header == [name, *HEADERS[file][1:]]
+        assert [row[0] for row in rows] == identifiers
+        assert len(rows[0]) == len(header)
+    assert all(f"SELECT s.{column}" in sql for sql in district.powerschool.queries)
+
+
+def test_a_student_without_the_identifier_is_counted_in_each_file_and_warned_of(
+    district: District,
+) -> None:
+    district.configure(attributes='identifier="student_state_id"')
+    district.students(1001, state_studentnumber="A1")
+    district.students(1002, state_studentnumber=None)
+    district.students(1003, state_studentnumber="  ")
+    assert district.main() == 0
+    for file, data in district.sent().items():
+        assert [row[0] for row in csv_rows(data)[1:]] == ["A1"], file
+    assert (
+        " WARNING PowerSchool: 2 students left out: no student_state_id "
+        "(students.state_studentnumber is empty)\n" in district.log
+    )
+    assert [line["without"] for line in district.summary["sections"]] == [
+        {"no student_state_id": 2}
+    ] * 3
+
+
+def test_two_students_with_the_same_identifier_stop_everything(district: District) -> None:
+    district.configure(attributes='identifier="student_state_id"')
+    district.students(1001, state_studentnumber="A1\n2026 forged")
+    district.students(1002, state_studentnumber=" A1\n2026 forged")
+    message = district.refused(5)
+    assert message.startswith("PowerSchool: student A1 2026 forged appears more than once: ")
+    assert message.endswith("or correct the student_state_id in PowerSchool")
+
+
+def test_a_missing_identifier_column_is_named(district: District) -> None:
+    district.configure(attributes='identifier="student_state_id" identifierColumn="no_such"')
+    district.students(1001)
+    assert district.refused(4).startswith("PowerSchool: the query of students, ")
 
 
 # ------------------------------------------------------------------ sets against one by one
@@ -949,7 +1111,7 @@ def fill(powerschool: PowerSchool, students: Mapping[int, Mapping[str, Any]]) ->
 
 @settings(max_examples=150)
 @given(st.dictionaries(st.integers(1, 10**9), SOME_STUDENT, max_size=8))
-def test_build_sections_equals_a_computation_student_by_student(
+def test_build_equals_a_computation_student_by_student(
     students: dict[int, dict[str, Any]],
 ) -> None:
     powerschool = PowerSchool()
@@ -966,10 +1128,11 @@ def test_build_sections_equals_a_computation_student_by_student(
         ),
     )  # fmt: skip
     with powerschool.connection(config, sgsync.OracleLogin("", "", "")) as connection:
-        sections = sgsync.build_sections(connection, config, TODAY)
+        files = sgsync.StudentFiles(config, TODAY)
+        sections = files.build(connection)
     found = {section.file: [list(row) for row in section.rows] for section in sections}
     assert found == one_by_one(students)
-    active = len(connection.query("", *sgsync.student_query(config)))
+    active = len(files.student_query().run(connection))
     for section in sections[:2]:  # nobody is lost without a word
         told = [number for numbers in section.without.values() for number in numbers]
         assert len({row[0] for row in section.rows} | set(told)) == active
@@ -996,11 +1159,11 @@ def test_log_and_summary_tell_each_file_and_nothing_personal(
         f"on {district.summary['computer']}, arguments: schoolinks --json --home {district.path}",
         "PowerSchool: 27 students",
         "attendance_percentage.csv: 1 row",
-        "attendance_percentage.csv: 2 days counted on neither side: a value was NULL",
-        f"{ATTENDANCE}: 25 students without a row, no membership days: {first_20}, ...",
-        "attendance_percentage.csv: 1 student without a row, only NULL days: 1002",
+        "attendance_percentage.csv: 2 days not counted: the attendance or membership value is NULL",
+        f"{ATTENDANCE}: 25 students left out (no membership days): {first_20}, ...",
+        "attendance_percentage.csv: 1 student left out (only NULL days): 1002",
         "gpa.csv: 26 rows",
-        "gpa.csv: 1 student without a row, no GPA: 1002",
+        "gpa.csv: 1 student left out (no GPA): 1002",
         "student_tags.csv: 2 rows",
         *(f"{file}: no earlier upload in history to compare with" for file in FILES),
         f"127.0.0.1:{district.server.port}: logged in as district",
@@ -1028,7 +1191,7 @@ def test_log_and_summary_tell_each_file_and_nothing_personal(
         assert personal not in told
 
 
-# ------------------------------------------------------------------ check_shrink
+# ------------------------------------------------------------------ UploadGuard
 
 
 def test_a_file_without_rows_stops_everything(district: District) -> None:
@@ -1036,8 +1199,8 @@ def test_a_file_without_rows_stops_everything(district: District) -> None:
     district.forget(11001, table="s_il_stu_x", column="studentsdcid")
     assert district.refused(6) == (
         "nothing was uploaded: student_tags.csv: has no rows\n"
-        "Try: look at the files in this run's folder and at PowerSchool; if they are right, run "
-        "again with --force"
+        "Try: check the files in this run's folder, and PowerSchool; if they are right, run again "
+        "with --force"
     )
     assert (district.run / "HELD").exists()
     assert csv_rows((district.run / TAGS).read_bytes()) == [HEADERS[TAGS]]  # kept, to look at
@@ -1046,7 +1209,7 @@ def test_a_file_without_rows_stops_everything(district: District) -> None:
     assert district.refused(6, "--dry-run")
     assert district.main("--force") == 0
     assert csv_rows(district.sent()[TAGS]) == [HEADERS[TAGS]]
-    assert "WARNING student_tags.csv: has no rows; --force lets it pass\n" in district.log
+    assert "WARNING student_tags.csv: has no rows; ignored (--force)\n" in district.log
 
 
 def test_no_students_at_all_stops_everything(district: District) -> None:
@@ -1069,8 +1232,8 @@ def test_a_file_that_shrank_names_who_would_lose_what(district: District) -> Non
         "would lose their GPA; "
         f"student_tags.csv: 31 rows instead of 40 in the upload of {epoch}, maxShrink is 10%: "
         "4 students would lose the tag IEP, 5 students would lose the tag LI\n"
-        "Try: look at the files in this run's folder and at PowerSchool; if they are right, run "
-        "again with --force"
+        "Try: check the files in this run's folder, and PowerSchool; if they are right, run again "
+        "with --force"
     )
     assert district.main("--force") == 0
     assert len(csv_rows(district.sent()[TAGS])) == 32
@@ -1125,9 +1288,15 @@ def test_shrinking_is_measured_across_a_change_of_file_names(district: District)
 def test_shrinking_ignores_runs_that_were_damaged(district: District) -> None:
     district.students(*range(1001, 1021))
     assert district.main() == 0
-    for number, text in enumerate(["", "{", "[]", '{"files": [{}]}', '{"files": 1}']):
+    whole = district.summary
+    lines = [line | {"file": 1} for line in whole["sections"]]
+    for number, summary in enumerate(
+        [None, "{", [], {"sections": [{}]}, {"sections": 1}, whole | {"started": 1},
+         whole | {"started": "yesterday"}, whole | {"sections": lines}, {"command": "schoolinks"}]
+    ):  # fmt: skip
         folder = district.path / f"history/schoolinks/20240202-{number:06}"
-        folder.mkdir()
+        shutil.copytree(district.run, folder)
+        text = summary if isinstance(summary, str) else json.dumps(summary)
         (folder / "summary.json").write_text(text)
     district.forget(*range(1001, 1011))
     assert "gpa.csv: 10 rows instead of 20" in district.refused(6)
@@ -1142,6 +1311,159 @@ def test_test_runs_delete_no_upload_that_the_next_night_is_measured_against(
     assert district.main("--test") == 0
     district.forget(*range(1001, 1011))
     assert "gpa.csv: 10 rows instead of 20" in district.refused(6)
+
+
+def test_a_changed_identifier_is_held_since_all_rows_would_be_lost(district: District) -> None:
+    district.students(1001, 1002)
+    assert district.main() == 0
+    epoch = f"20240101-{0:06}"
+    district.configure(attributes='identifier="student_sis_id" maxChange="100%" maxShrink="100%"')
+    reasons = [
+        f"{file}: its header has student_sis_id where the upload of {epoch} has student_number: "
+        "all 2 rows would be replaced"
+        for file in FILES
+    ]
+    message, remedy = district.refused(6).splitlines()
+    assert message == "nothing was uploaded: " + "; ".join(reasons)
+    assert remedy.endswith("run again with --force")
+    assert district.main("--force") == 0
+    assert f"WARNING {reasons[0]}; ignored (--force)\n" in district.log
+    assert district.main() == 0
+
+
+def test_an_import_of_zeros_is_held(district: District) -> None:
+    district.students(*range(1001, 1021))
+    assert district.main() == 0
+    district.powerschool.execute("UPDATE u_def_ext_students0 SET weighted_gpa = 0")
+    district.powerschool.execute(
+        "UPDATE u_def_ext_students0 SET simple_gpa = 0 WHERE studentsdcid < 11005"
+    )
+    district.students(1021)  # who was in no upload
+    reason = (
+        f"gpa.csv: 20 of the 20 rows it shares with the upload of 20240101-{0:06} have changed, "
+        "maxChange is 50%: mostly numerator_weighted (20 rows, all became 0.0)"
+    )
+    assert district.refused(6).splitlines()[0] == f"nothing was uploaded: {reason}"
+    assert district.refused(6, "--dry-run")
+    assert district.main("--force") == 0
+    assert f"WARNING {reason}; ignored (--force)\n" in district.log
+    assert district.main() == 0
+
+
+def test_values_that_vanished_are_held_and_a_value_of_few_students_is_not_shown(
+    district: District,
+) -> None:
+    district.students(*range(1001, 1013))
+    assert district.main() == 0
+    district.powerschool.execute("UPDATE u_def_ext_students0 SET simple_gpa = NULL")
+    assert " (12 rows, all became blank)\n" in district.refused(6)
+    district.powerschool.execute("UPDATE u_def_ext_students0 SET simple_gpa = 3.5")
+    district.configure(attributes='maxChange="8"')
+    district.powerschool.execute(
+        "UPDATE u_def_ext_students0 SET weighted_gpa = 1.875 WHERE studentsdcid < 11010"
+    )
+    message = district.refused(6)
+    assert "9 of the 12 rows it shares" in message
+    assert "maxChange is 8: mostly numerator_weighted (9 rows)\n" in message
+    assert "1.875" not in district.log
+
+
+@pytest.mark.parametrize(
+    ("limit", "changed", "code"),
+    [("50%", 10, 0), ("50%", 11, 6), ("3", 3, 0), ("3", 4, 6), ("0", 1, 6), ("100%", 20, 0)],
+)
+def test_max_change(district: District, limit: str, changed: int, code: int) -> None:
+    district.configure(attributes=f'maxChange="{limit}"')
+    district.students(*range(1001, 1021))
+    assert district.main() == 0
+    district.powerschool.execute(
+        f"UPDATE u_def_ext_students0 SET simple_gpa = 1.5 WHERE studentsdcid < {11001 + changed}"
+    )
+    assert district.main() == code, district.log
+
+
+def test_a_changed_description_of_a_tag_is_a_change_and_another_spelling_of_a_number_is_none(
+    district: District,
+) -> None:
+    district.students(*range(1001, 1021))
+    assert district.main() == 0
+    path = district.runs()[-1] / GPA
+    path.write_text(path.read_text().replace('"3.5"', '"3.50"').replace('"4.25"', '"04.250"'))
+    assert district.main() == 0, district.log
+    district.configure(tags=f"<Tags>{FIVE_TAGS.replace(IEP[2], 'other words')}</Tags>")
+    message = district.refused(6)
+    assert "student_tags.csv: 20 of the 20 rows it shares with the upload of " in message
+    assert "mostly description (20 rows, all became other words)\n" in message
+    assert "gpa.csv" not in message
+
+
+def older(district: District, days: int) -> None:
+    """Make the newest run as old as that."""
+    path = district.run / "summary.json"
+    summary = json.loads(path.read_text())
+    began = datetime.datetime.fromisoformat(summary["started"]) - datetime.timedelta(days)
+    path.write_text(json.dumps(summary | {"started": began.isoformat()}))
+
+
+@pytest.mark.parametrize("scale", ["fraction", "percent"])
+def test_attendance_may_change_as_far_as_the_days_since_then_explain(
+    district: District, scale: str
+) -> None:
+    district.configure(attendance=f'<Attendance scale="{scale}"/>')
+    district.students(*range(1001, 1021), days=[(0.0, 0.0)] + [(1.0, 1.0)] * 19)
+    assert district.main() == 0
+    older(district, 1)
+    district.powerschool.execute(  # everyone missed today
+        f"UPDATE ps_adaadm_daily_ctod SET membershipvalue = 1 WHERE calendardate >= '{TODAY}'"
+    )
+    assert district.main() == 0, district.log
+    older(district, 1)
+    district.powerschool.execute("UPDATE ps_adaadm_daily_ctod SET attendancevalue = 0")
+    assert (
+        district.refused(6)
+        .splitlines()[0]
+        .endswith("maxChange is 50%: mostly attendance_percentage (20 rows, all became 0.0)")
+    )
+
+
+def test_attendance_of_a_new_school_year_is_no_change(district: District) -> None:
+    district.students(*range(1001, 1021), days=[(0.0, 1.0)] * 40)
+    assert district.main() == 0
+    older(district, 60)
+    district.powerschool.execute("UPDATE ps_adaadm_daily_ctod SET attendancevalue = 1")
+    assert district.main() == 0, district.log
+
+
+def test_attendance_in_another_scale_is_held(district: District) -> None:
+    district.students(*range(1001, 1021), days=[(1.0, 1.0)] * 9 + [(0.0, 1.0)])
+    assert district.main() == 0
+    older(district, 1)
+    district.configure(attendance='<Attendance scale="percent"/>')
+    assert "attendance_percentage.csv: 20 of the 20 rows it shares" in district.refused(6)
+
+
+def test_an_upload_whose_file_was_damaged_is_not_compared_with(district: District) -> None:
+    district.students(*range(1001, 1021))
+    assert district.main() == 0
+    for damaged in (b"", b'"a","b"\r\n"1"\r\n', b"\xff"):
+        assert district.main() == 0
+        (district.run / GPA).write_bytes(damaged)
+    district.forget(*range(1001, 1011))
+    assert f"gpa.csv: 10 rows instead of 20 in the upload of 20240101-{0:06}, " in (
+        district.refused(6)
+    )
+
+
+def test_summaries_are_read_as_they_were_written(district: District) -> None:
+    district.student(1001, days=[(1.0, 1.0), (None, 1.0)], simple_gpa=3.5, iep=1)
+    district.student(1002)
+    assert district.main("--test") == 0
+    kept = sgsync.runs(district.path / "history/schoolinks")[0].summary
+    assert kept.sections[0] == sgsync.SectionSummary(
+        file=ATTENDANCE, section="attendance", rows=1, without={"no membership days": 1},
+        null_days=1, uploaded="test",
+    )  # fmt: skip
+    assert list(map(dataclasses.asdict, kept.sections)) == district.summary["sections"]
 
 
 # ------------------------------------------------------------------ errors of queries
@@ -1207,7 +1529,8 @@ def test_schoolinks_uploads_with_a_private_key(
     stranger = asyncssh.generate_private_key("ssh-ed25519")
     key.write_bytes(stranger.export_private_key())
     assert anywhere.failed(3).splitlines()[1] == (
-        "Try: see that the public half of ssh/schoolinks_key is stored for this user at the server"
+        "Try: check SCHOOLINKS_SFTP_USERNAME, and that SchooLinks has the public key of this "
+        "private key"
     )
 
 
@@ -1218,7 +1541,7 @@ def test_schoolinks_refused_log_in(anywhere: District, monkeypatch: pytest.Monke
     assert anywhere.failed(3) == (
         f"{server.host}:{server.port}: log-in as {server.username} refused: "
         "Authentication failed.\n"
-        "Try: see that SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD are right"
+        "Try: check SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD"
     )
     assert anywhere.sent() == {}
 
@@ -1226,10 +1549,11 @@ def test_schoolinks_refused_log_in(anywhere: District, monkeypatch: pytest.Monke
 def test_schoolinks_missing_private_key(district: District) -> None:
     district.students(1001)
     district.configure(attributes='privateKey="ssh/schoolinks_key"')
+    path = district.path / "ssh/schoolinks_key"
     assert district.refused(2) == (
-        f"{district.path / 'ssh/schoolinks_key'}: the private key cannot be read: No such file or "
-        "directory\nTry: make a key pair: ssh-keygen -t rsa -b 4096 -f ssh/id_rsa, and store the "
-        "public half at SchooLinks"
+        f"{path}: the private key cannot be read: No such file or directory\n"
+        f"Try: make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -N '' "
+        f"-f {path}; then give the public key, the file with .pub, to SchooLinks"
     )
 
 
@@ -1281,6 +1605,12 @@ def test_schoolinks_to_the_root_of_the_server(district: District) -> None:
     assert ("posix-rename", "/gpa.csv.part", "/gpa.csv") in district.server.events
 
 
+def trust(district: District) -> str:
+    """The command that the remedies name."""
+    words = [sys.executable, str(homes.SCRIPT), "trust", "--job", "schoolinks"]
+    return sgsync.command_line([*words, "--home", str(district.path)])
+
+
 HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ7Jv0bYFY3mEq4cTg9RUTnUyBZcA1kJ3ULIdF1Wjz0Y"
 
 
@@ -1297,25 +1627,32 @@ def test_schoolinks_takes_the_host_key_from_beside_the_script_or_from_ssh(
     beside.write_text(in_ssh.read_text())
     message = district.refused(3)
     assert re.fullmatch(
-        r"127\.0\.0\.1:\d+: the host key is ssh-ed25519 SHA256:\S+, but known_hosts has "
-        r"ssh-ed25519 SHA256:\S+; nothing was sent\n"
-        r"Try: ask the server's operator whether the key was changed; only then replace the line "
-        r"of \[127\.0\.0\.1\]:\d+ in known_hosts",
+        r"127\.0\.0\.1:\d+: the host key is ssh-ed25519 SHA256:\S+, but "
+        rf"{re.escape(str(beside))} has ssh-ed25519 SHA256:\S+; nothing was sent\n"
+        r"Try: ask the server's operator whether the host key was changed; only if it was, replace "
+        rf"the pinned key: {re.escape(trust(district))}",
         message,
     )
+
+
+def trust(district: District) -> str:
+    words = ["trust", "--job", "schoolinks", "--home", str(district.path)]
+    return sgsync.command_line(words)
 
 
 def test_schoolinks_without_a_host_key(district: District) -> None:
     district.students(1001)
     (district.path / "known_hosts").unlink()
     port, path = district.server.port, district.path / "ssh/known_hosts"
-    remedy = (
-        f"Try: pin the server's key: ssh-keyscan -p {port} 127.0.0.1 >> {path}, after comparing "
-        "its fingerprint"
-    )
-    assert district.refused(2) == (f"{path}: cannot be read: No such file or directory\n{remedy}")
+    pin = f"pin the server's key: {trust(district)}"
+    assert district.refused(2) == f"{path}: cannot be read: the file does not exist\nTry: {pin}"
     path.write_text("")
-    assert district.refused(3) == f"{path}: holds no host key of [127.0.0.1]:{port}\n{remedy}"
+    assert district.refused(3) == f"{path}: has no host key\nTry: {pin}"
+    path.write_text(f"sftp.schoolinks.com {HOST_KEY}\n")
+    assert district.refused(3) == (
+        f"{path}: has no host key for [127.0.0.1]:{port}, only for sftp.schoolinks.com\n"
+        f"Try: check SCHOOLINKS_SFTP_ADDRESS; if it is right, {pin}"
+    )
 
 
 def test_schoolinks_unknown_host(district: District, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1323,7 +1660,7 @@ def test_schoolinks_unknown_host(district: District, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SCHOOLINKS_SFTP_ADDRESS", "sftp.schoolinks.invalid")
     (district.path / "known_hosts").write_text(f"sftp.schoolinks.invalid {HOST_KEY}\n")
     assert district.refused(3).splitlines()[1] == (
-        "Try: see whether the host in SCHOOLINKS_SFTP_ADDRESS is right and the name server answers"
+        "Try: check SCHOOLINKS_SFTP_ADDRESS, and that this machine can resolve names"
     )
 
 
@@ -1377,8 +1714,8 @@ def test_upload_that_arrives_short_is_not_put_in_place(quirky: Any) -> None:
     district.students(1001)
     size = len('"student_number","attendance_percentage"\r\n"1001","1.0"\r\n')
     assert district.failed(3) == (
-        f"127.0.0.1:{district.server.port}: /automated/attendance_percentage.csv.part: {size - 1} "
-        f"bytes arrived of {size}\nTry: see whether the server's disk is full"
+        f"127.0.0.1:{district.server.port}: /automated/attendance_percentage.csv.part: the server "
+        f"has {size - 1} of {size} bytes\nTry: check whether the server's disk is full"
     )
     assert ATTENDANCE not in district.sent()
     assert {line["uploaded"] for line in district.summary["sections"]} == {""}

@@ -3,25 +3,39 @@
 `lines` yields what the table of bench.py shows: what, value, goal, whether the goal was met. The
 rows lie on the server of SGSYNC_TEST_ORACLE, where it is set, and else in the embedded PowerSchool,
 whose round trips are counted as Oracle's driver would make them. Whatever is added to a round trip
-is added between client and server.
+is added between client and server. On that server a whole run is measured, too: a process of its
+own from start to exit, upload included, against the queries of the other way alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import datetime
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import sgsync
-from support import powerschool
+from support import powerschool, schoolinks_server
 
 DAYS = 180
-FIRST_DAY = datetime.datetime(2025, 8, 20)
-TODAY = datetime.date(2026, 6, 1)
+TODAY = datetime.date.today()
+FIRST_DAY = datetime.datetime.combine(TODAY, datetime.time()) - datetime.timedelta(DAYS - 1)
+YEAR_START = (FIRST_DAY.month, 1)
+CONFIG = """<Config>
+  <SchooLinks schoolYearStart="{start[0]:02}-{start[1]:02}">
+    <Attendance/>
+    <GPA/>
+  </SchooLinks>
+</Config>
+"""
 
 Line = tuple[str, str, str, "bool | None"]
 Ask = Callable[[str, Mapping[str, object]], Sequence[Sequence[Any]]]
@@ -35,7 +49,7 @@ class DifferentResultError(Exception):
 # each 7th day is half a day, each 11th has no value.
 FILL = [
     "INSERT INTO students SELECT 100000 + a.n * 100 + b.n, a.n * 100 + b.n, a.n * 100 + b.n, 70, "
-    "0, 9, 100, NULL FROM bench_numbers a CROSS JOIN bench_numbers b "
+    "0, 9, 100, NULL, NULL FROM bench_numbers a CROSS JOIN bench_numbers b "
     "WHERE b.n < 100 AND a.n < :hundreds",
     "INSERT INTO ps_adaadm_daily_ctod SELECT s.id, s.fteid, d.bench_day, "
     "CASE WHEN MOD(s.id + d.n, 11) = 0 THEN NULL WHEN MOD(s.id + d.n, 7) = 0 THEN 0.5 ELSE 1 END, "
@@ -50,7 +64,9 @@ def settings() -> sgsync.SchooLinksSettings:
     parts = (sgsync.AttendanceSettings, sgsync.GpaSettings)
     attendance, gpa = (part() for part in parts)
     tags = sgsync.TagsSettings(enabled=False)
-    return sgsync.SchooLinksSettings(attendance=attendance, gpa=gpa, tags=tags)
+    return sgsync.SchooLinksSettings(
+        attendance=attendance, gpa=gpa, tags=tags, school_year_start=YEAR_START
+    )
 
 
 def student_by_student(ask: Ask) -> list[list[tuple[str, ...]]]:
@@ -105,7 +121,7 @@ class Embedded:
     def sets(self) -> list[sgsync.Section]:
         with self.powerschool.connection(settings(), sgsync.OracleLogin("", "", "")) as connection:
             connection.connect()
-            return sgsync.build_sections(connection, settings(), TODAY)
+            return sgsync.StudentFiles(settings(), TODAY).build(connection)
 
     def one_by_one(self) -> list[list[tuple[str, ...]]]:
         self.powerschool.travel(5)
@@ -161,7 +177,7 @@ class Oracle:
     def sets(self) -> list[sgsync.Section]:
         with sgsync.Oracle(settings(), self._login) as connection:
             connection.connect()
-            return sgsync.build_sections(connection, settings(), TODAY)
+            return sgsync.StudentFiles(settings(), TODAY).build(connection)
 
     def one_by_one(self) -> list[list[tuple[str, ...]]]:
         import oracledb
@@ -176,6 +192,36 @@ class Oracle:
                 return cursor.execute(sql, dict(binds)).fetchall()
 
             return student_by_student(ask)
+
+    def process(self) -> tuple[list[list[tuple[str, ...]]], float]:
+        """A whole run as a scheduler starts it; returns the rows it sent and its seconds."""
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            schoolinks_server.SchooLinks(Path(folder, "server")) as server,
+        ):
+            home = Path(folder, "home")
+            home.mkdir()
+            (home / "known_hosts").write_text(server.known_hosts, encoding="ascii")
+            (home / "config.xml").write_text(CONFIG.format(start=YEAR_START), encoding="ascii")
+            began = time.perf_counter()
+            subprocess.run(
+                [sys.executable, sgsync.__file__, "schoolinks", "--home", str(home)],
+                check=True, capture_output=True, stdin=subprocess.DEVNULL,
+                env=os.environ
+                | {
+                    "POWERSCHOOL_READ_USER": self.user,
+                    "POWERSCHOOL_DB_PASSWORD": self.password,
+                    "POWERSCHOOL_PROD_DB": self._login.dsn,
+                    "SCHOOLINKS_SFTP_USERNAME": server.username,
+                    "SCHOOLINKS_SFTP_PASSWORD": server.password,
+                    "SCHOOLINKS_SFTP_ADDRESS": f"{server.host}:{server.port}",
+                },
+            )  # fmt: skip
+            seconds, files = time.perf_counter() - began, []
+            for path in sorted((server.files / "automated").iterdir()):
+                with path.open(encoding="utf-8", newline="") as file:
+                    files.append([tuple(row) for row in csv.reader(file)][1:])
+            return files, seconds
 
 
 # ------------------------------------------------------------------ the table
@@ -197,9 +243,8 @@ def lines(quick: bool) -> Iterator[Line]:
                     seconds = time.perf_counter() - began
                     measured.append((found, seconds, trips()))
             (sections, ours, our_trips), (rows, theirs, their_trips) = measured
-            if [[*map(_numbers, section.rows)] for section in sections] != [
-                [*map(_numbers, part)] for part in rows
-            ]:
+            expected = [[*map(_numbers, part)] for part in rows]
+            if [[*map(_numbers, section.rows)] for section in sections] != expected:
                 raise DifferentResultError("the queries do not give what each student's own give")
             if not milliseconds:
                 yield (
@@ -214,6 +259,19 @@ def lines(quick: bool) -> Iterator[Line]:
                 "",
                 None,
             )
+        if isinstance(place, Oracle):
+            with place.counted(milliseconds / 1000):
+                runs = [place.process() for _ in range(3)]
+            for files, _ in runs:
+                if [[*map(_numbers, part)] for part in files] != expected:
+                    raise DifferentResultError("a run does not send what each student's own give")
+            whole = sorted(seconds for _, seconds in runs)[1]
+            yield (
+                f"{what}: + {milliseconds} ms a round trip, a whole run",
+                f"{whole:.2f} s ({theirs / whole:,.0f} x)",
+                "" if quick else ">= 50 x",
+                None if quick else theirs >= 50 * whole,
+            )
     finally:
         place.close()
 
@@ -223,7 +281,5 @@ def _numbers(row: Sequence[str]) -> list[float]:
 
 
 if __name__ == "__main__":
-    import sys
-
     for line in lines("--quick" in sys.argv):
         print(*line, sep=" | ", flush=True)

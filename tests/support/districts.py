@@ -94,12 +94,10 @@ class District(homes.Runs):
             "SCHOOLINKS_SFTP_ADDRESS": f"{server.host}:{server.port}",
         }.items():
             monkeypatch.setenv(name, value)
-        build = sgsync.build_sections
+        files = sgsync.StudentFiles
         monkeypatch.setattr(sgsync, "Oracle", self.powerschool.connection)
         monkeypatch.setattr(sgsync, "RETRY_SECONDS", 0.01)
-        monkeypatch.setattr(
-            sgsync, "build_sections", lambda database, config, _: build(database, config, TODAY)
-        )
+        monkeypatch.setattr(sgsync, "StudentFiles", lambda config, _: files(config, TODAY))
 
     def configure(self, **values: str) -> None:
         """Write config.xml anew, with these parts of CONFIG changed for good."""
@@ -129,11 +127,11 @@ class District(homes.Runs):
 
     def day(
         self, number: int | None, date: datetime.date, present: Any = 1.0, member: Any = 1.0,
-        fteid: Any = DAY["fteid"],
+        fteid: Any = DAY["fteid"], view: str = "ps_adaadm_daily_ctod",
     ) -> None:  # fmt: skip
         day = {"studentid": number or 1, "calendardate": date, "fteid": fteid}
         day |= {"attendancevalue": present, "membershipvalue": member}
-        self.powerschool.insert("ps_adaadm_daily_ctod", [day])
+        self.powerschool.insert(view, [day])
 
     def students(self, *numbers: int, **more: Any) -> None:
         """Students who are in every file."""
@@ -160,7 +158,7 @@ class District(homes.Runs):
         config = sgsync.load_config(self.path / "config.xml", sgsync.SchooLinksConfig).schoolinks
         login = sgsync.OracleLogin("", "", "")
         with self.powerschool.connection(config, login) as connection:
-            found = sgsync.build_sections(connection, config, TODAY)
+            found = sgsync.StudentFiles(config, TODAY).build(connection)
         return {section.file: section for section in found}
 
     def rows(self, file: str) -> list[Row]:

@@ -42,6 +42,11 @@ if [ ! -e "$policy" ]; then
     $as_root chmod 755 "$policy"
 fi
 $apt update || echo "apt-get update failed; trying with the package lists at hand" >&2
+# apt runs postgresql's configuration script ahead of the installation, and that calls a program of
+# postgresql-common's
+case $missing in
+    *\ postgresql*) $apt install -y --no-install-recommends postgresql-common >/dev/null || true ;;
+esac
 # shellcheck disable=SC2086
 if ! $apt install -y --no-install-recommends $missing >/dev/null; then
     echo "apt-get could not install:$missing. Try: $as_root apt-get update, then make again" >&2

@@ -29,7 +29,7 @@ import sgsync
 TABLES = {
     "students": "student_number NUMBER(10), id NUMBER(10), dcid NUMBER(10), fteid NUMBER(10), "
     "enroll_status NUMBER(5), grade_level NUMBER(5), schoolid NUMBER(10), "
-    "lastfirst VARCHAR2(60)",
+    "lastfirst VARCHAR2(60), state_studentnumber VARCHAR2(32)",
     "u_def_ext_students0": "studentsdcid NUMBER(10), simple_gpa FLOAT, weighted_gpa FLOAT",
     "s_il_stu_x": "studentsdcid NUMBER(10), iep NUMBER(1), lep NUMBER(1), lii NUMBER(1)",
     "s_il_stu_plan504_x": "studentsdcid NUMBER(10), participant NUMBER(1)",
@@ -37,6 +37,7 @@ TABLES = {
     "ps_adaadm_daily_ctod": "studentid NUMBER(10), fteid NUMBER(10), calendardate DATE, "
     "attendancevalue FLOAT, membershipvalue FLOAT",
 }
+TABLES["ps_adaadm_defaults_all"] = TABLES["ps_adaadm_daily_ctod"]
 COLUMNS = {
     table: tuple(column.split()[0] for column in columns.split(", "))
     for table, columns in TABLES.items()
