@@ -8024,7 +8024,7 @@ FROM information_schema.routines AS r WHERE routine_type = 'PROCEDURE'""",
 
     def first_rows(self, subject: str, sql: str, count: int) -> tuple[Row, list[Sequence[object]]]:
         """The columns of a query, and its first rows, `count` at most."""
-        columns, blocks = self.database.query(subject, sql)
+        columns, blocks = self.database.query(subject, sql, list)
         rows: list[Sequence[object]] = []
         for block in blocks:
             rows += block

@@ -600,13 +600,13 @@ def test_calls_give_sql_server_the_type_of_every_parameter(
     """Of NULL, too: without, Microsoft's driver asks the server about each of them."""
     recorder = Recorder(driver)
     monkeypatch.setattr(pyodbc, "connect", lambda *_, **__: recorder)
-    call = sgsync.Call(procedure="[my schema].p")
-    sql_diff = sgsync.SqlDiff(file="a.csv", key=("id",), calls={"insert": call})
-    columns, failures = ("id", "note"), sgsync.Failures(tmp_path, 0)
-    key = sgsync.Key(sql_diff.key, columns, "a.csv")
-    found, tally = sgsync.Comparison(sql_diff, columns, key), sgsync.Tally()
+    calls = {"insert": sgsync.Call(procedure="[my schema].p")}
+    columns = ("id", "note")
+    key = sgsync.Key(["id"], columns, "a.csv")
+    found = sgsync.Comparison(sgsync.SqlDiff(file="a.csv", calls=calls), columns, key)
+    failures = sgsync.Failures(tmp_path, 0)
     with opened("x") as database:
-        applier = sgsync.Applier(database, found, "insert", tally, failures)
+        applier = sgsync.Applier(database, found, "insert", sgsync.Tally(), failures)
         applier.apply([("1", ""), ("2", "x" * 2000), ("3", "😀" * 2001), *[("4", "")] * 48])
         sent = recorder.sent.copy()
     assert tally.applied == 51
