@@ -5212,6 +5212,17 @@ def runs(history: Path) -> list[KeptRun]:
     return [KeptRun(folder) for folder in folders]
 
 
+def kept_run(history: Path, epoch: str) -> KeptRun:
+    """The run that a person names; raises ConfigError where there is none."""
+    for run in runs(history):
+        if run.epoch == epoch:
+            return run
+    raise ConfigError(
+        f"{one_line(epoch)}: there is no such run in {history}",
+        f"{SCRIPT.name} history lists the runs",
+    )
+
+
 def held_run(history: Path, epoch: str) -> KeptRun:
     """The held run that `--approve` names; raises ConfigError where there is none."""
     held = {run.epoch: run for run in runs(history) if run.held}
@@ -5364,6 +5375,9 @@ def verify(kept: Sequence[KeptRun]) -> Iterator[tuple[str, str]]:
 
 
 # ---------------------------------------------------------------------- history: Run
+#
+# Given the history of a home; gives the run under way, with a folder of its own, and the lock that
+# keeps others out.  Raises Error where the disk fails, BusyError where another run has the lock.
 
 
 class Run:
@@ -6214,8 +6228,9 @@ class KeySearch:
 
 # ---------------------------------------------------------------------- report: REPORT
 #
-# The page as a template: it loads nothing from elsewhere, has no script, prints, and is read in
-# light and dark, on a phone, and by a screen reader; no color says what words do not say, too.
+# Given what Report hands to it; gives the page, which loads nothing from elsewhere, has no script,
+# prints, and can be read in light and dark, on a phone, and by a screen reader: no color says what
+# words do not.  Raises jinja2.UndefinedError for a name that Report did not hand over.
 
 REPORT = """\
 <!DOCTYPE html>
@@ -8506,17 +8521,6 @@ def run_history(options: HistoryOptions) -> int:
         records.append({"home": str(home), **record} if options.homes else record)
     show_records(records, options, [short_cells(record) for record in records], "no runs")
     return 0
-
-
-def kept_run(history: Path, epoch: str) -> KeptRun:
-    """The run that a person names; raises ConfigError where there is none."""
-    for run in runs(history):
-        if run.epoch == epoch:
-            return run
-    raise ConfigError(
-        f"{one_line(epoch)}: there is no such run in {history}",
-        f"{SCRIPT.name} history lists the runs",
-    )
 
 
 def run_record(run: KeptRun) -> dict[str, Any]:
