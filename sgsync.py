@@ -5011,6 +5011,9 @@ def _push_files(
 
 
 # ---------------------------------------------------------------------- history: RunSummary, runs
+#
+# Given the history of a home; gives what each run told of itself, and the runs that are kept.
+# Raises ConfigError for a run that is not there, Error where the disk fails.
 
 
 @dataclasses.dataclass
