@@ -5017,6 +5017,9 @@ def _push_files(
 
 
 # ---------------------------------------------------------------------- history: RunSummary, runs
+#
+# Given the history of a home; gives what each run told of itself, and the runs that are kept.
+# Raises ConfigError for a run that is not there, Error where the disk fails.
 
 
 @dataclasses.dataclass
@@ -5116,8 +5119,11 @@ class RunSummary:
 
     @property
     def only_planned(self) -> bool:
-        """True if the run showed changes and, by its nature, wrote none of them."""
-        return self.outcome in ("dry run", "held")
+        """True if the run showed changes and, by its nature, wrote none of them.
+
+        A run that maxShrink held has written its changes, and only sent nothing.
+        """
+        return self.outcome == "dry run" or (self.outcome == "held" and not self.total("applied"))
 
     def total(self, what: str) -> int:
         """The sum of `found`, `applied`, `failed` or `left_alone` over all files."""
@@ -5213,6 +5219,17 @@ def runs(history: Path) -> list[KeptRun]:
         found = history.iterdir() if os.path.lexists(history) else ()
         folders = sorted(filter(is_run, found), reverse=True)
     return [KeptRun(folder) for folder in folders]
+
+
+def kept_run(history: Path, epoch: str) -> KeptRun:
+    """The run that a person names; raises ConfigError where there is none."""
+    for run in runs(history):
+        if run.epoch == epoch:
+            return run
+    raise ConfigError(
+        f"{one_line(epoch)}: there is no such run in {history}",
+        f"{SCRIPT.name} history lists the runs",
+    )
 
 
 def held_run(history: Path, epoch: str) -> KeptRun:
@@ -5367,6 +5384,9 @@ def verify(kept: Sequence[KeptRun]) -> Iterator[tuple[str, str]]:
 
 
 # ---------------------------------------------------------------------- history: Run
+#
+# Given the history of a home; gives the run under way, with a folder of its own, and the lock that
+# keeps others out.  Raises Error where the disk fails, BusyError where another run has the lock.
 
 
 class Run:
@@ -6217,8 +6237,9 @@ class KeySearch:
 
 # ---------------------------------------------------------------------- report: REPORT
 #
-# The page as a template: it loads nothing from elsewhere, has no script, prints, and is read in
-# light and dark, on a phone, and by a screen reader; no color says what words do not say, too.
+# Given what Report hands to it; gives the page, which loads nothing from elsewhere, has no script,
+# prints, and can be read in light and dark, on a phone, and by a screen reader: no color says what
+# words do not.  Raises jinja2.UndefinedError for a name that Report did not hand over.
 
 REPORT = """\
 <!DOCTYPE html>
@@ -6467,6 +6488,7 @@ class Report:
         "dry run": ("\u2713", "good", "Dry run"),
         "held": ("!", "warn", "Held, nothing was written"),
         "busy": ("!", "warn", "Not started, another run was active"),
+        "paused": ("\u2713", "good", "Paused"),
         "interrupted": ("\u2715", "bad", "Interrupted"),
         "running": ("!", "warn", "Not finished"),
     }
@@ -6478,7 +6500,8 @@ class Report:
         trend = [run.summary for run in reversed(kept) if run.summary and run.folder != folder]
         trend = [*trend, summary]
         trend.sort(key=lambda told: told.epoch)
-        self.trend = [told for told in trend if told.outcome not in ("dry run", "busy", "running")]
+        others = ("dry run", "busy", "paused", "running")
+        self.trend = [told for told in trend if told.outcome not in others]
 
     def write(self) -> Path:
         """Write report.html; returns its path."""
@@ -6498,6 +6521,8 @@ class Report:
         mark, tone, word = self.OUTCOMES.get(summary.outcome, ("\u2715", "bad", "Failed"))
         if summary.outcome == "dry run" and summary.exit_code:
             mark, tone, word = "!", "warn", "Dry run; a real run would be held"
+        if summary.outcome == "held" and summary.total("applied"):
+            word = "Held, nothing was sent"
         recent = self.trend[-1 : -RECENT_RUNS - 1 : -1]
         return environment.from_string(REPORT).render(
             s=summary, mark=mark, tone=tone, word=word, operations=(INSERT, UPDATE, DELETE),
@@ -8505,17 +8530,6 @@ def run_history(options: HistoryOptions) -> int:
         records.append({"home": str(home), **record} if options.homes else record)
     show_records(records, options, [short_cells(record) for record in records], "no runs")
     return 0
-
-
-def kept_run(history: Path, epoch: str) -> KeptRun:
-    """The run that a person names; raises ConfigError where there is none."""
-    for run in runs(history):
-        if run.epoch == epoch:
-            return run
-    raise ConfigError(
-        f"{one_line(epoch)}: there is no such run in {history}",
-        f"{SCRIPT.name} history lists the runs",
-    )
 
 
 def run_record(run: KeptRun) -> dict[str, Any]:
