@@ -3256,15 +3256,23 @@ _BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """`rows` records in canonical format; the first begins on line `line` of its file."""
+    """`rows` records in canonical format; the first begins on line `line` of its file.
+
+    Where columns were left out, `whole` has the rows with them: line breaks in them count.
+    """
 
     data: bytes
     line: int
     rows: int
+    whole: bytes = b""
 
     def line_at(self, offset: int) -> int:
         """The line on which the row at `offset` begins."""
-        breaks = self.data.count(b"\n", 0, offset) + self.data.count(_BREAK, 0, offset)
+        data = self.data
+        if self.whole:
+            before = self.whole.split(b"\n", data.count(b"\n", 0, offset))[:-1]
+            data, offset = self.whole, sum(len(row) + 1 for row in before)
+        breaks = data.count(b"\n", 0, offset) + data.count(_BREAK, 0, offset)
         return self.line + breaks
 
 
@@ -3312,6 +3320,8 @@ class CsvFile:
             re.compile(rb"(?<![^\0\n])" + re.escape(text) + rb"(?=[\0\n])") if text else None
         )
         self._regular_line = b""  # The structure of a row that has been found regular.
+        self._width = 0  # fields of a row, 0 for the header itself
+        self._kept: tuple[int, ...] | None = None  # the fields that `leave_out` left
         with local_errors(path):
             self._file: BinaryIO = path.open("rb")
         try:
@@ -3332,13 +3342,28 @@ class CsvFile:
 
     def again(self) -> CsvFile:
         """The same file from its beginning."""
-        return CsvFile(self.path, self.shown, trim=self._trim, null_text=self._null_text)
+        file = CsvFile(self.path, self.shown, trim=self._trim, null_text=self._null_text)
+        if self._kept is not None:
+            file.leave_out(name for name in file.columns if name not in self.columns)
+        return file
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Give the rows without these columns from now on."""
+        without = set(names)
+        if without:
+            self._kept = tuple(i for i, name in enumerate(self.columns) if name not in without)
+            self.columns = tuple(self.columns[index] for index in self._kept)
+
+    @property
+    def leaves_out(self) -> bool:
+        return self._kept is not None
 
     def blocks(self) -> Iterator[Block]:
         """The rows in canonical format, block by block."""
         for raw in self.raw_blocks():
             block = self.canonical(raw, self.line)
-            self.line += raw.count(b"\n") if _BREAK in block.data else block.rows
+            has_breaks = _BREAK in (block.whole or block.data)
+            self.line += raw.count(b"\n") if has_breaks else block.rows
             yield block
 
     def raw_blocks(self) -> Iterator[bytes]:
@@ -3353,6 +3378,10 @@ class CsvFile:
             data = _BLANKS_AT_END.sub(b"", data)
         if self._null:
             data = self._null.sub(b"", data)
+        if self._kept is not None:
+            split = (row.split(b"\0") for row in data[:-1].split(b"\n"))
+            rows = (b"\0".join([fields[index] for index in self._kept]) for fields in split)
+            return Block(b"".join([row + b"\n" for row in rows]), line, block.rows, data)
         return block if data is block.data else Block(data, line, block.rows)
 
     @staticmethod
@@ -3412,7 +3441,7 @@ class CsvFile:
                 what = what if name else f"column {number} has no name"
                 self.fail(1, f"the header is wrong: {what}", "give each column its own name")
             seen.add(name)
-        self.columns = columns
+        self.columns, self._width = columns, len(columns)
         self.line += header.count(b"\n")
         return first[end:]
 
@@ -3458,7 +3487,7 @@ class CsvFile:
         field holds a comma, a quote or a line break.  One translation that leaves only those
         characters shows it, and a second one makes the canonical format.
         """
-        width = len(self.columns)  # 0 for the header itself
+        width = self._width
         self._check_text(raw, line)
         structure = raw.translate(None, _NOT_STRUCTURE)
         first = structure[: structure.find(b"\n") + 1]
@@ -3772,6 +3801,8 @@ class OrderedRows:
             lines = [block.line - 1 - self._last_row.count(_BREAK), *lines]
         index = next(i for i in range(1, len(keys)) if not keys[i - 1] < keys[i])
         found = lines[index - 1 : index + 1]
+        if self._sorted and keys[index - 1] != keys[index]:  # Columns were left out.
+            found = [self._lines_of(each)[0] for each in keys[index - 1 : index + 1]]
         before, row = (self.key.show(decode_row(row)) for row in rows[index - 1 : index + 1])
         if keys[index - 1] == keys[index]:
             if self._sorted:
@@ -4174,6 +4205,7 @@ class Comparison:
     update: int = 0
     delete: int = 0
     format_differences: list[str] = dataclasses.field(default_factory=list)
+    new_columns: Row = ()  # only the source has them; left out
     changes: Path = Path("-")  # standard output, unless `compare` made it
     source: Path = Path("-")  # likewise
     _lines: Iterator[tuple[int, Row]] = dataclasses.field(default=iter(()), repr=False)
@@ -4208,11 +4240,13 @@ class Comparison:
     def _numbered_rows(self) -> Iterator[tuple[int, Row]]:
         trim, null_text = self.sql_diff.trim, self.sql_diff.null_text
         with CsvFile(self.source, trim=trim, null_text=null_text) as file:
+            file.leave_out(name for name in file.columns if name not in self.columns)
             for block in file.blocks():
                 line = block.line
-                for raw in block.data[:-1].split(b"\n"):
-                    yield line, decode_row(raw)
-                    line += 1 + raw.count(_BREAK)
+                whole = (block.whole or block.data).split(b"\n")
+                for row, full in zip(block.data[:-1].split(b"\n"), whole, strict=False):
+                    yield line, decode_row(row)
+                    line += 1 + full.count(_BREAK)
 
     def summary(self) -> FileSummary:
         """What summary.json tells of it, before anything is applied."""
@@ -4270,17 +4304,21 @@ def diff(
             )
             for path, name in zip((source, target), shown, strict=True)
         ]
-        columns = files[1].columns
-        if files[0].columns or not columns or not may_be_empty:
+        new_columns: Row = ()
+        if files[0].columns or not files[1].columns or not may_be_empty:
+            new_columns = leave_out_columns(sql_diff, *files)
             check_columns(*files)
+        columns = files[1].columns
         key = Key(sql_diff.key, columns, shown[1])
         sides = []
         for file in files:
-            in_order = None
+            in_order: Iterator[Block] | None = None
             if sql_diff.sort:
                 in_order = stack.enter_context(contextlib.closing(Sorter(file, key).blocks()))
+            elif any(each.leaves_out for each in files):  # Raw rows are equal no more.
+                in_order = file.blocks()
             sides.append(OrderedRows(file, key, in_order))
-        comparison = Comparison(sql_diff, columns, key)
+        comparison = Comparison(sql_diff, columns, key, new_columns=new_columns)
         formats = FormatDifferences(sql_diff, key, columns)
         names = (f"{side}_{name}" for side in ("before", "after") for name in columns)
         header = "\0".join(["operation", *names]).encode("utf-8").replace(b"\n", _BREAK)
@@ -4293,6 +4331,38 @@ def diff(
     comparison.format_differences = formats.sentences()
     comparison.source_rows, comparison.target_rows = sides[0].rows, sides[1].rows
     return comparison
+
+
+def leave_out_columns(sql_diff: SqlDiff, source: CsvFile, target: CsvFile) -> Row:
+    """Leave out what only one side has and config.xml names; returns the new columns among it."""
+    ours, theirs, ignored = source.columns, target.columns, sql_diff.ignore_columns
+    target.leave_out(name for name in theirs if name in ignored and name not in ours)
+    extra = [name for name in ours if name not in theirs]
+    new = [name for name in extra if name not in ignored]
+    if sql_diff.new_columns != "report" or not set(ours) & set(theirs):
+        new = []
+    source.leave_out(name for name in extra if name in ignored or name in new)
+    return tuple(new)
+
+
+def new_columns_warning(found: Comparison) -> str:
+    """What takes in the columns that only SameGoal's file has, in SQL Server's words."""
+    sql_diff, names = found.sql_diff, [one_line(name) for name in found.new_columns]
+    calls = [sql_diff.calls[name] for name in (INSERT, UPDATE) if name in sql_diff.calls]
+    procedures = list(dict.fromkeys(call.procedure or "its SQL" for call in calls))
+    lines = [
+        f"{sql_diff.file}: SameGoal's file has new columns, which are neither compared nor "
+        f"passed: {', '.join(names)}",
+        f"Try: to take them in, add these lines (the types are a guess), and order the query's "
+        f"columns as in ia/{sql_diff.file}:",
+    ]
+    for name in names:
+        lines += [
+            f"query ({sql_diff.where}): d.{name},",
+            f"procedure {' and '.join(procedures) or 'to be written'}: @{name} nvarchar(4000),",
+            f"table: ALTER TABLE ... ADD {name} nvarchar(4000) NULL",
+        ]
+    return "\n".join(lines)
 
 
 def check_columns(source: CsvFile, target: CsvFile) -> None:
@@ -4447,6 +4517,13 @@ class FormatDifferences:
             "breaks": sql_diff.ignore_line_breaks,
         }
         self._ignored = {kind for kind, is_set in ignored.items() if is_set}
+        self._ignored_columns = {
+            index for index, name in enumerate(columns) if name in sql_diff.ignore_columns
+        }
+        tolerance = dict(sql_diff.tolerance)
+        self._tolerance = {
+            index: tolerance[name] for index, name in enumerate(columns) if name in tolerance
+        }
         self._updates = self._formal = 0
         # (column, kind): how many, and for the first of them its row's key and both values
         self._found: dict[tuple[int, str], tuple[Any, ...]] = {}
@@ -4454,7 +4531,7 @@ class FormatDifferences:
 
     def not_ignored(self, changes: list[bytes]) -> list[bytes]:
         """The changes without the updates of which the SQLDiff ignores every difference."""
-        if not self._ignored:
+        if not (self._ignored or self._ignored_columns or self._tolerance):
             return changes
         ignored = self._ignored.issuperset
         return [
@@ -4502,14 +4579,26 @@ class FormatDifferences:
                 self._dates.setdefault(index, set()).add((dates[0][1], dates[1][1]))
 
     def _kinds(self, change: bytes) -> dict[int, str]:
-        """The columns in which an update's two rows differ, and the kind of each difference."""
+        """The columns in which an update's two rows differ, and the kind of each difference.
+
+        Without the columns that are ignored, and the numbers that differ no more than tolerated.
+        """
         fields = change.split(b"\0")
         end = 1 + len(self._columns)
         return {
             index: self.kind(*decode_row(b"\0".join(pair)))
             for index, pair in enumerate(zip(fields[1:end], fields[end:], strict=True))
             if pair[0] != pair[1]
+            and index not in self._ignored_columns
+            and not (index in self._tolerance and self._tolerated(index, *pair))
         }
+
+    def _tolerated(self, index: int, before: bytes, after: bytes) -> bool:
+        numbers = [self._number(decode_row(field)[0]) for field in (before, after)]
+        if not all(isinstance(number, decimal.Decimal) for number in numbers):
+            return False
+        one, other = cast("list[decimal.Decimal]", numbers)
+        return abs(one - other) <= self._tolerance[index]
 
     def _advice(self, index: int, kind: str, word: str) -> str:
         if kind != "date":
@@ -4797,7 +4886,8 @@ class Applier:
         self.found, self.tally = found, tally
         self.file, self.key = found.sql_diff.file, found.key
         self.call = found.sql_diff.calls[operation]
-        default = found.key.names if operation == DELETE else found.columns
+        passed = [n for n in found.columns if n not in found.sql_diff.ignore_columns]
+        default = found.key.names if operation == DELETE else passed
         self._indexes = [found.columns.index(n) for n in self.call.parameters or default]
 
     def apply(self, rows: Sequence[Row]) -> None:
@@ -7187,6 +7277,8 @@ class Sync:
                 )
                 for difference in found.format_differences:
                     log.warning("%s", difference)
+                if found.new_columns:
+                    log.warning("%s", new_columns_warning(found))
                 summary = found.summary()
                 summary.seconds = round(time.monotonic() - began, 3)
                 self.summary.files.append(summary)
@@ -9076,6 +9168,8 @@ class SchooLinksChecks(JobChecks):
                 yield self.warning(
                     f"{directory} does not exist", "correct testDirectory= on <SchooLinks>"
                 )
+
+
 # ---------------------------------------------------------------------- command: history
 #
 # Given the folders of the runs that are kept; gives a table of them, one of them, what happened to

@@ -8,6 +8,7 @@ output), `expected.err` (standard error) and `code`, all to the byte.
 from __future__ import annotations
 
 import csv
+import decimal
 import io
 import itertools
 import os
@@ -789,3 +790,63 @@ def test_diff_command_reads_and_writes_named_pipes(
         assert read.pop() == changes
         assert out.is_fifo()
     assert f"{a}: is empty: it has no header line".encode() in capsysbinary.readouterr().err
+
+
+# ------------------------------------------------------------------ columns and tolerance
+
+
+def test_diff_ignores_columns_but_keeps_them_in_the_evidence(files: tuple[Path, Path]) -> None:
+    write(files[0], "id,a,note,extra", "1,x,new,e", "2,y,same,e", "3,z,n,e")
+    write(files[1], "id,old,a,note", "1,o,x,old", "2,o,changed,same")
+    rows, found = compare(*files, "id", ignore_columns=("note", "extra", "old"))
+    assert rows == [
+        ["operation", "before_id", "before_a", "before_note", "after_id", "after_a", "after_note"],
+        ["update", "2", "changed", "same", "2", "y", "same"],
+        ["insert", "", "", "", "3", "z", "n"],
+    ]
+    assert (found.columns, found.new_columns) == (("id", "a", "note"), ())
+
+
+def test_diff_reports_new_columns_and_goes_on(files: tuple[Path, Path]) -> None:
+    write(files[0], "id,new one,a", "1,n,x", '2,"n,",y')
+    write(files[1], "id,a", "1,x", "2,z")
+    with pytest.raises(sgsync.DataError, match="unexpected new one"):
+        compare(*files, "id")
+    rows, found = compare(*files, "id", new_columns="report")
+    assert rows[1:] == [["update", "2", "z", "2", "y"]]
+    assert found.new_columns == ("new one",)
+    found.sql_diff.calls["update"] = sgsync.Call(procedure="dbo.p")
+    told = sgsync.new_columns_warning(found)
+    assert told.startswith("iep.csv: SameGoal's file has new columns, which are neither compared")
+    assert "d.new one,\nprocedure dbo.p: @new one nvarchar(4000),\ntable: ALTER TABLE" in told
+    write(files[0], "x,y", "1,n")
+    with pytest.raises(sgsync.DataError, match="its header may be missing"):
+        compare(*files, "id", new_columns="report")
+
+
+def test_diff_names_the_line_behind_a_column_that_is_left_out(files: tuple[Path, Path]) -> None:
+    write(files[0], "id,new,a", '1,"n\nn",x', "3,n,x", "2,n,y")
+    write(files[1], "id,a", "1,x")
+    with pytest.raises(sgsync.DataError, match=r"iep\.csv:5: not sorted: line 4 .* line 5 "):
+        compare(*files, "id", new_columns="report")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "differs"),
+    [
+        ("3.5", "3.505", False),
+        ("3.5", "3.495", False),
+        ("3.5", "3.506", True),
+        ("-0.001", "0.001", False),
+        ("3.5", "", True),
+        ("3.5", "A", True),
+        ("1e3", "1000", True),
+    ],
+)
+def test_diff_tolerates_numbers_that_are_close(
+    files: tuple[Path, Path], before: str, after: str, differs: bool
+) -> None:
+    write(files[0], "id,gpa,name", f"1,{after},x", "2,3.5,y")
+    write(files[1], "id,gpa,name", f"1,{before},x", "2,3.5,z")
+    rows, _ = compare(*files, "id", tolerance=(("gpa", decimal.Decimal("0.005")),))
+    assert [row[1] for row in rows[1:]] == (["1", "2"] if differs else ["2"])
