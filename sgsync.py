@@ -8542,74 +8542,11 @@ def _new_secret(options: SecretOptions) -> str:
     return first
 
 
-# ---------------------------------------------------------------------- command: check
+# ---------------------------------------------------------------------- checks: JobChecks
 #
-# Given: what a run is given.
-# Gives: a line for each thing that a run needs, with the remedy where it is missing.
-# Raises: nothing once it is under way; the exit code is that of the first failure.
-
-
-@dataclasses.dataclass(kw_only=True)
-class CheckOptions(Options):
-    job: str = ""
-
-
-def check_arguments() -> Parser:
-    parser = Parser(add_help=False)
-    parser.add_argument(
-        "--job", choices=("sync", "schoolinks", "all"),
-        help="what to check (default: the jobs that the configuration is filled in for)",
-    )  # fmt: skip
-    parser.set_defaults(run=run_check, kind=CheckOptions)
-    return parser
-
-
-def run_check(options: CheckOptions) -> int:
-    """Try everything that a run needs, without changing anything."""
-    wanted = [options.job] if options.job else filled_jobs(options.config)
-    kinds: dict[str, type[JobChecks]] = {"sync": SyncChecks, "schoolinks": SchooLinksChecks}
-    findings: list[Finding] = []
-    for job, kind in kinds.items():
-        if options.job == "all" or job in wanted:
-            with kind(options) as checks:
-                for finding in checks.run():
-                    findings.append(finding)
-                    if not options.json:
-                        print(finding, flush=True)
-    if options.json:
-        print_json([dataclasses.asdict(finding) for finding in findings])
-    return next((each.exit_code for each in findings if each.exit_code), 0)
-
-
-def filled_jobs(config: Path) -> list[str]:
-    """The jobs whose elements are in the configuration and have no TODO(user) left.
-
-    The template fills in <SchooLinks>, so that job also needs one of its environment variables.
-    """
-    source = XmlSource(config)
-    elements = {"sync": ("SFTP", "Database", "Download"), "schoolinks": ("SchooLinks",)}
-    jobs = []
-    for job, tags in elements.items():
-        found = [source.root.find(tag) for tag in tags]
-        texts = [
-            text
-            for element in found
-            if element is not None
-            for each in element.iter(*ELEMENTS)
-            for text in (*each.attrib.values(), each.text or "")
-        ]
-        if None not in found and not any("TODO(user)" in str(text) for text in texts):
-            jobs.append(job)
-    used = any(name.startswith(("SCHOOLINKS_", "POWERSCHOOL_")) for name in os.environ)
-    if "schoolinks" in jobs and not used:
-        jobs.remove("schoolinks")
-    if not jobs:
-        raise ConfigError(
-            f"{config}: no job is filled in yet",
-            "replace each TODO(user) for sync, or set SchooLinks' environment variables for "
-            "schoolinks; name the job with --job to see what it lacks",
-        )
-    return jobs
+# Given: the options of `check`.
+# Gives: findings, one after another, of what every job needs.
+# Raises: nothing; an Error is a finding.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -8835,6 +8772,13 @@ class JobChecks:
         return Finding(self.job, "clock", "warning", text, remedy)
 
 
+# ---------------------------------------------------------------------- checks of sync
+#
+# Given: what `sync` is given.
+# Gives: findings, from the ODBC driver to the parameters of the procedures.
+# Raises: nothing; an Error is a finding.
+
+
 class SyncChecks(JobChecks):
     """What `sync` needs."""
 
@@ -9040,6 +8984,13 @@ class SyncChecks(JobChecks):
                 yield from self.tried(f"{sql_diff.file} {operation}", called)
 
 
+# ---------------------------------------------------------------------- checks of schoolinks
+#
+# Given: what `schoolinks` is given.
+# Gives: findings, from the environment to SchooLinks' directories.
+# Raises: nothing; an Error is a finding.
+
+
 class SchooLinksChecks(JobChecks):
     """What `schoolinks` needs."""
 
@@ -9168,6 +9119,580 @@ class SchooLinksChecks(JobChecks):
                 yield self.warning(
                     f"{directory} does not exist", "correct testDirectory= on <SchooLinks>"
                 )
+
+
+# ---------------------------------------------------------------------- command: check
+#
+# Given: what a run is given.
+# Gives: a line for each thing that a run needs, with the remedy where it is missing.
+# Raises: nothing once it is under way; the exit code is that of the first failure.
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckOptions(Options):
+    job: str = ""
+
+
+def check_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    parser.add_argument(
+        "--job", choices=("sync", "schoolinks", "all"),
+        help="what to check (default: the jobs that the configuration is filled in for)",
+    )  # fmt: skip
+    parser.set_defaults(run=run_check, kind=CheckOptions)
+    return parser
+
+
+def run_check(options: CheckOptions) -> int:
+    """Try everything that a run needs, without changing anything."""
+    wanted = [options.job] if options.job else filled_jobs(options.config)
+    kinds: dict[str, type[JobChecks]] = {"sync": SyncChecks, "schoolinks": SchooLinksChecks}
+    findings: list[Finding] = []
+    for job, kind in kinds.items():
+        if options.job == "all" or job in wanted:
+            with kind(options) as checks:
+                for finding in checks.run():
+                    findings.append(finding)
+                    if not options.json:
+                        print(finding, flush=True)
+    if options.json:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    return next((each.exit_code for each in findings if each.exit_code), 0)
+
+
+def filled_jobs(config: Path) -> list[str]:
+    """The jobs whose elements are in the configuration and have no TODO(user) left.
+
+    The template fills in <SchooLinks>, so that job also needs one of its environment variables.
+    """
+    source = XmlSource(config)
+    elements = {"sync": ("SFTP", "Database", "Download"), "schoolinks": ("SchooLinks",)}
+    jobs = []
+    for job, tags in elements.items():
+        found = [source.root.find(tag) for tag in tags]
+        texts = [
+            text
+            for element in found
+            if element is not None
+            for each in element.iter(*ELEMENTS)
+            for text in (*each.attrib.values(), each.text or "")
+        ]
+        if None not in found and not any("TODO(user)" in str(text) for text in texts):
+            jobs.append(job)
+    used = any(name.startswith(("SCHOOLINKS_", "POWERSCHOOL_")) for name in os.environ)
+    if "schoolinks" in jobs and not used:
+        jobs.remove("schoolinks")
+    if not jobs:
+        raise ConfigError(
+            f"{config}: no job is filled in yet",
+            "replace each TODO(user) for sync, or set SchooLinks' environment variables for "
+            "schoolinks; name the job with --job to see what it lacks",
+        )
+    return jobs
+
+
+# ---------------------------------------------------------------------- scheduling: Schedule
+#
+# Given: the options of `schedule`, and a job.
+# Gives: the command to be run, and what all schedulers have in common.
+# Raises: ConfigError for what cannot be scheduled; Error where the scheduler refuses.
+
+HOURS = 12  # A run that takes longer is stopped.
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleState:
+    """What the system says of a schedule; times as it writes them."""
+
+    name: str
+    job: str
+    next_run: str
+    last_run: str
+    result: int | None
+    meaning: str
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.job}, next run {self.next_run or 'unknown'}"
+        if self.result is None:
+            return f"{text}, last result: {self.meaning}"
+        last = f", last run {self.last_run}" if self.last_run else ""
+        return f"{text}{last}, last result {self.result}: {self.meaning}"
+
+
+EXIT_MEANINGS = {
+    0: "success",
+    1: "unexpected error",
+    2: "configuration or usage",
+    3: "SFTP transfer",
+    4: "database",
+    5: "data",
+    6: "held by a limit, nothing was written",
+    7: "another run was active",
+    8: "finished, but some rows failed",
+    130: "interrupted",
+    # Task Scheduler's own. Source: Microsoft, "Task Scheduler Error and Success Constants".
+    0x00041300: "ready, has not run yet",
+    0x00041301: "running now",
+    0x00041303: "has not run yet",
+    0x00041306: "ended by a user",
+    0x80070002: "the program was not found: make the task again",
+    0x8007052E: "the account's password is wrong: make the task again",
+    0x80070569: 'the account lacks the right "Log on as a batch job"',
+    0x800710E0: "refused: the account may not log on, or a run was active",
+    0xC000013A: "closed or interrupted",
+}
+
+
+class Schedule:
+    """A daily run of one job, by one of the system's schedulers."""
+
+    def __init__(self, options: ScheduleOptions, job: str) -> None:
+        self.options, self.job, self.home = options, job, options.home
+        self.name = "sgsync" if job == "sync" else f"sgsync-{job}"
+        if self.home != default_home():  # Districts that share an installation differ in that.
+            digest = hashlib.sha256(os.fsencode(self.home)).hexdigest()[:6]
+            self.name += f"-{re.sub('[^A-Za-z0-9_]+', '-', self.home.name)}-{digest}"
+        self.shown = self.name
+        self.description = f"sgsync {job}, home {self.home}"
+
+    def words(self) -> list[str]:
+        """The command, which needs nothing of its environment and of the folder it starts in."""
+        options, words = self.options, [*PROGRAM]
+        words += [self.job] if self.job != "sync" else []
+        words += ["--home", str(self.home)] if self.home != default_home() else []
+        words += (
+            ["--config", str(options.config)] if options.config != config_path(self.home) else []
+        )
+        return [*words, "--quiet"]
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot be scheduled."""
+        if not re.fullmatch(r"(?:[01][0-9]|2[0-3]):[0-5][0-9]", self.options.at):
+            raise ConfigError(
+                f"--at '{one_line(self.options.at)}': is not a time of day", "--at 04:30"
+            )
+        if any(not word.isprintable() for word in (*self.words(), self.user())):
+            raise ConfigError("a path or the account contains an unprintable character")
+
+    def user(self) -> str:
+        raise NotImplementedError
+
+    def text(self) -> str:
+        """What `install` makes."""
+        raise NotImplementedError
+
+    def when(self) -> str:
+        return f"every day at {self.options.at} as {self.user()}"
+
+    def exists(self) -> bool:
+        raise NotImplementedError
+
+    def install(self) -> None:
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        raise NotImplementedError
+
+    def state(self) -> ScheduleState:
+        raise NotImplementedError
+
+    def called(self, program: str, *words: str, show: bool = False) -> str | None:
+        """What a program of the system prints, None if it fails; with `show`, on the terminal."""
+        path = shutil.which(program)
+        if not path:
+            raise ConfigError(f"{program} was not found", "use --cron" if os.name != "nt" else "")
+        log.debug("%s", command_line([path, *words]))
+        done = subprocess.run(  # noqa: S603 - the words are ours
+            [path, *words], capture_output=not show, check=False, text=True, errors="replace",
+            encoding="oem" if os.name == "nt" else "utf-8",
+        )  # fmt: skip
+        if done.returncode:
+            self.said = one_line(done.stderr or done.stdout or f"exit code {done.returncode}")
+            return None
+        return done.stdout or ""
+
+    said = ""  # by the program that failed
+
+    def must(self, program: str, *words: str, show: bool = False) -> str:
+        """`called`; raises Error where it fails."""
+        out = self.called(program, *words, show=show)
+        if out is None:
+            remedy = 'run this in a Command Prompt started with "Run as administrator"'
+            if os.name != "nt":
+                remedy = (
+                    f"run it as root:\nsudo {command_line([*PROGRAM, *self.options.arguments])}"
+                )
+            raise Error(f"{self.shown}: {program} {words[0]} failed: {self.said}", remedy)
+        return out
+
+
+# ---------------------------------------------------------------------- scheduling on Windows
+#
+# Given: a Schedule.
+# Gives: a task of Task Scheduler, by way of schtasks.
+# Raises: as Schedule does.
+
+
+class WindowsTask(Schedule):
+    """A task of Windows' Task Scheduler.
+
+    Source of its XML: Microsoft, "Task Scheduler Schema"; in a trigger, order matters.
+    """
+
+    NAMESPACE = "http://schemas.microsoft.com/windows/2004/02/mit/task"
+
+    def check(self) -> None:
+        super().check()
+        options = self.options
+        if options.cron:
+            raise ConfigError("--cron has no effect on Windows")
+        if options.gmsa and not re.fullmatch(r"[^\\@]+\\[^\\@]+\$", options.gmsa):
+            raise ConfigError(
+                f"--gmsa '{one_line(options.gmsa)}': is not the name of a managed service account",
+                "write DOMAIN\\name$",
+            )
+
+    def user(self) -> str:
+        return self.options.gmsa or self.options.user or account_name()
+
+    def text(self) -> str:
+        return self.xml().decode("utf-16").replace("\r\n", "\n")
+
+    def xml(self) -> bytes:
+        """The task, as schtasks wants it: UTF-16 with a byte order mark."""
+        from lxml import etree
+
+        spaces = cast("dict[str, str]", {None: self.NAMESPACE})
+        task = etree.Element(f"{{{self.NAMESPACE}}}Task", {"version": "1.2"}, spaces)
+
+        def add(path: str, text: str, **attributes: str) -> None:
+            """An element, and the elements around it where they are not there."""
+            element = task
+            for name in path.split("/"):
+                tag = f"{{{self.NAMESPACE}}}{name}"
+                inner = element.find(tag)
+                element = etree.SubElement(element, tag) if inner is None else inner
+            element.text = text or None
+            for name, value in attributes.items():
+                element.set(name, value)
+
+        program, *arguments = self.words()
+        add("RegistrationInfo/Description", self.description)
+        add("Triggers/CalendarTrigger/StartBoundary", self.first())
+        add("Triggers/CalendarTrigger/ScheduleByDay/DaysInterval", "1")
+        add("Principals/Principal", "", id="Author")
+        add("Principals/Principal/UserId", self.user())
+        add("Principals/Principal/LogonType", "Password")  # for a gMSA, too: Windows knows its own
+        add("Principals/Principal/RunLevel", "LeastPrivilege")
+        add("Settings/MultipleInstancesPolicy", "IgnoreNew")
+        add("Settings/DisallowStartIfOnBatteries", "false")
+        add("Settings/StopIfGoingOnBatteries", "false")
+        add("Settings/StartWhenAvailable", "true")
+        add("Settings/ExecutionTimeLimit", f"PT{HOURS}H")
+        add("Actions", "", Context="Author")
+        add("Actions/Exec/Command", program)
+        add("Actions/Exec/Arguments", subprocess.list2cmdline(arguments))
+        add("Actions/Exec/WorkingDirectory", str(self.home))
+        text = etree.tostring(task, encoding="UTF-16", xml_declaration=True, pretty_print=True)
+        return cast("bytes", text)
+
+    def first(self) -> str:
+        """The next time that it is that late; else today's start would count as missed."""
+        now = datetime.datetime.now()
+        hour, minute = map(int, self.options.at.split(":"))
+        start = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        return (start if start > now else start + datetime.timedelta(days=1)).isoformat()
+
+    def exists(self) -> bool:
+        return self.called("schtasks", "/Query", "/TN", self.name) is not None
+
+    def install(self) -> None:
+        import tempfile
+
+        if not self.options.gmsa and not (sys.stdin and sys.stdin.isatty()):
+            raise ConfigError(
+                "Windows asks for the password of the account, but this is not a terminal",
+                "run this in a Command Prompt, or use --gmsa",
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "task.xml")
+            path.write_bytes(self.xml())
+            password = "" if self.options.gmsa else "*"
+            self.must(
+                "schtasks", "/Create", "/TN", self.name, "/XML", str(path), "/F",
+                "/RU", self.user(), "/RP", password, show=not self.options.gmsa,
+            )  # fmt: skip
+
+    def remove(self) -> None:
+        self.must("schtasks", "/Delete", "/TN", self.name, "/F")
+
+    def state(self) -> ScheduleState:
+        # Without headings: Windows translates them, the order stays.
+        out = self.must("schtasks", "/Query", "/TN", self.name, "/V", "/FO", "CSV", "/NH")
+        rows = [row for row in csv.reader(out.splitlines()) if len(row) > 6]
+        if not rows:
+            return ScheduleState(self.shown, self.job, "", "", None, "unknown")
+        row, number = rows[0], re.fullmatch(r"\s*(-?[0-9]+)\s*", rows[0][6])
+        result = int(number[1]) & 0xFFFFFFFF if number else None
+        never = result in (0x41300, 0x41303)
+        return self.state_of(row[2], "" if never else row[5], result)
+
+    def state_of(self, next_run: str, last_run: str, result: int | None) -> ScheduleState:
+        meaning = "unknown" if result is None else EXIT_MEANINGS.get(result, "unknown")
+        return ScheduleState(self.shown, self.job, next_run, last_run, result, meaning)
+
+
+# ---------------------------------------------------------------------- scheduling on Linux
+#
+# Given: a Schedule.
+# Gives: a systemd timer and its service, or a file for cron.
+# Raises: as Schedule does.
+
+SYSTEMD_DIRECTORY = Path("/etc/systemd/system")
+CRON_DIRECTORY = Path("/etc/cron.d")
+
+
+class LinuxSchedule(Schedule):
+    """What the schedulers of Linux have in common: files of root that name a user."""
+
+    def paths(self) -> list[Path]:
+        """The files that make it."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        super().check()
+        if self.options.gmsa:
+            raise ConfigError("--gmsa: only Windows has such accounts", "--user NAME")
+        import pwd
+
+        try:
+            pwd.getpwnam(self.user())
+        except KeyError:
+            raise ConfigError(
+                f"there is no user {one_line(self.user())} on this machine",
+                f"create it: sudo useradd --system --shell /usr/sbin/nologin {self.user()}"
+                if re.fullmatch(r"[a-z_][a-z0-9_-]*", self.user())
+                else "--user NAME",
+            ) from None
+
+    def user(self) -> str:
+        """The owner of what the runs write."""
+        history = self.home / "history"
+        if self.options.user or not history.is_dir():
+            return self.options.user or getpass.getuser()
+        try:
+            return history.owner()
+        except KeyError:  # an account that has been deleted
+            return getpass.getuser()
+
+    def exists(self) -> bool:
+        return any(path.exists() for path in self.paths())
+
+    def write(self, path: Path, text: str) -> None:
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(
+                f"{path.parent}: may not be written to",
+                f"run it as root:\nsudo {command_line([*PROGRAM, *self.options.arguments])}",
+            )
+        with new_file(path) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        path.chmod(0o644)
+
+    def delete(self) -> None:
+        for path in self.paths():
+            with local_errors(path):
+                path.unlink(missing_ok=True)
+
+
+class SystemdTimer(LinuxSchedule):
+    """A timer and its service.  Source: systemd.timer(5), systemd.service(5)."""
+
+    def __init__(self, options: ScheduleOptions, job: str) -> None:
+        super().__init__(options, job)
+        self.shown = f"{self.name}.timer"
+
+    def paths(self) -> list[Path]:
+        return [SYSTEMD_DIRECTORY / f"{self.name}.{kind}" for kind in ("timer", "service")]
+
+    def text(self) -> str:
+        return "\n".join(
+            f"# {path}\n{text}" for path, text in zip(self.paths(), self.units(), strict=True)
+        )
+
+    def units(self) -> tuple[str, str]:
+        """The timer and the service."""
+        described = self.description.replace("%", "%%")
+        timer = (
+            f"[Unit]\nDescription={described}\n\n"
+            f"[Timer]\nOnCalendar=*-*-* {self.options.at}:00\nPersistent=true\n\n"
+            "[Install]\nWantedBy=timers.target\n"
+        )
+        folder = str(self.home).replace("%", "%%")
+        service = (
+            f"[Unit]\nDescription={described}\n"
+            "Wants=network-online.target\nAfter=network-online.target\n\n"
+            f"[Service]\nType=oneshot\nUser={self.user()}\nWorkingDirectory={folder}\n"
+            f"ExecStart={' '.join(map(self.quoted, self.words()))}\n"
+            f"TimeoutStartSec={HOURS}h\nUMask=0077\nNoNewPrivileges=true\n"
+        )
+        return timer, service
+
+    @staticmethod
+    def quoted(word: str) -> str:
+        """A word of ExecStart.  Source: systemd.service(5), "COMMAND LINES"."""
+        word = word.replace("%", "%%").replace("$", "$$")
+        if re.fullmatch(r"[\w%$@+=:,./-]+", word):
+            return word
+        return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    def install(self) -> None:
+        for path, text in zip(self.paths(), self.units(), strict=True):
+            self.write(path, text)
+        self.must("systemctl", "daemon-reload")
+        self.must("systemctl", "enable", "--now", f"{self.name}.timer")
+        self.must("systemctl", "restart", f"{self.name}.timer")  # with another time
+
+    def remove(self) -> None:
+        self.must("systemctl", "disable", "--now", f"{self.name}.timer")
+        self.delete()
+        self.must("systemctl", "daemon-reload")
+
+    def state(self) -> ScheduleState:
+        timer = self.properties("timer", "NextElapseUSecRealtime", "LastTriggerUSec")
+        service = self.properties("service", "ExecMainStatus", "ActiveState", "Result")
+        last = timer.get("LastTriggerUSec", "")
+        next_run = timer.get("NextElapseUSecRealtime", "")
+        if service.get("ActiveState") in ("activating", "active"):
+            meaning, result = "running now", None
+        elif not last or last == "n/a":
+            meaning, result, last = "has not run yet", None, ""
+        else:
+            result = int(service.get("ExecMainStatus") or 0)
+            meaning = EXIT_MEANINGS.get(result, "unknown")
+            if service.get("Result") not in ("success", "exit-code"):
+                meaning = f"ended by systemd ({service.get('Result', 'unknown')})"
+        return ScheduleState(self.shown, self.job, next_run, last, result, meaning)
+
+    def properties(self, kind: str, *names: str) -> dict[str, str]:
+        wanted = f"--property={','.join(names)}"
+        out = self.must("systemctl", "show", f"{self.name}.{kind}", wanted)
+        pairs = (line.split("=", 1) for line in out.splitlines() if "=" in line)
+        return {name: one_line(value) for name, value in pairs}
+
+
+class CronLine(LinuxSchedule):
+    """A file in /etc/cron.d.  Source: crontab(5)."""
+
+    def __init__(self, options: ScheduleOptions, job: str) -> None:
+        super().__init__(options, job)
+        self.shown = str(self.paths()[0])
+
+    def paths(self) -> list[Path]:
+        return [CRON_DIRECTORY / self.name]
+
+    def text(self) -> str:
+        hour, minute = map(int, self.options.at.split(":"))
+        log_file = self.home / "history" / "cron.log"
+        command = f"{shlex.join(self.words())} >>{shlex.quote(str(log_file))} 2>&1"
+        escaped = command.replace("%", "\\%")  # which cron would make a line end
+        return f"# {self.description}\n{minute} {hour} * * * {self.user()} {escaped}\n"
+
+    def install(self) -> None:
+        self.write(self.paths()[0], self.text())
+
+    def remove(self) -> None:
+        self.delete()
+
+    def state(self) -> ScheduleState:
+        """When cron runs it next; how the last run ended is in history."""
+        path = self.paths()[0]
+        with local_errors(path):
+            text = path.read_text(encoding="utf-8", errors="replace")
+        line = re.search(r"(?m)^([0-9]{1,2}) ([0-9]{1,2}) \* \* \* ", text)
+        at = f"{int(line[2]):02}:{int(line[1]):02}" if line else ""
+        history = self.home / "history" / ("" if self.job == "sync" else self.job)
+        last = next(iter(runs(history)), None) if history.is_dir() else None
+        if not last:
+            return ScheduleState(self.shown, self.job, at, "", None, "has not run yet")
+        result = last.summary.exit_code if last.summary else None
+        meaning = "unknown" if result is None else EXIT_MEANINGS.get(result, "unknown")
+        return ScheduleState(self.shown, self.job, at, last.epoch, result, meaning)
+
+
+# ---------------------------------------------------------------------- command: schedule
+#
+# Given: a time of day, a job, an account.
+# Gives: a scheduled task (Windows), a systemd timer, or a cron line; what is scheduled already.
+# Raises: ConfigError; Error where the system's scheduler refuses.
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScheduleOptions(Options):
+    at: str = ""
+    job: str = ""
+    user: str = ""
+    gmsa: str = ""
+    cron: bool = False
+    install: bool = False
+    remove: bool = False
+
+
+def schedule_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("--at", metavar="HH:MM", help="when, every day, by this machine's clock")
+    add("--job", choices=("sync", "schoolinks"), help="which job (default: sync)")
+    account = parser.add_mutually_exclusive_group()
+    account.add_argument(
+        "--user", metavar="NAME",
+        help="the account that runs it: DOMAIN\\name on Windows (default: you), on Linux a user "
+        "(default: the owner of history, else you)",
+    )  # fmt: skip
+    account.add_argument(
+        "--gmsa", metavar="NAME",
+        help="on Windows, a group managed service account, DOMAIN\\name$: it needs no password",
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--install", action="store_true", help="make it, instead of printing it")
+    what.add_argument("--remove", action="store_true", help="remove it")
+    add("--cron", action="store_true", help="on Linux, a line for cron instead of a systemd timer")
+    parser.set_defaults(run=run_schedule, kind=ScheduleOptions)
+    return parser
+
+
+def run_schedule(options: ScheduleOptions) -> int:
+    """Print, make, or remove the schedule of a job; without --at, tell what there is."""
+    kinds: list[type[Schedule]] = [WindowsTask] if os.name == "nt" else [SystemdTimer, CronLine]
+    if options.at:
+        kind = kinds[-1] if options.cron else kinds[0]
+        schedule = kind(options, options.job or "sync")
+        schedule.check()
+        if options.install:
+            schedule.install()
+            log.info("%s: made; %s", schedule.shown, schedule.when())
+        else:
+            print(schedule.text(), end="")
+        return 0
+    if options.install:
+        raise ConfigError("--install needs the time of day", "--at 04:30")
+    jobs = [options.job] if options.job else ["sync", "schoolinks"]
+    if options.remove:
+        there = [s for s in (kind(options, options.job or "sync") for kind in kinds) if s.exists()]
+        for schedule in there:
+            schedule.remove()
+            log.info("%s: removed", schedule.shown)
+        if not there:
+            log.info("nothing is scheduled for %s", options.job or "sync")
+        return 0
+    found = [s.state() for job in jobs for s in (k(options, job) for k in kinds) if s.exists()]
+    if options.json:
+        print_json([dataclasses.asdict(state) for state in found])
+    else:
+        for state in found:
+            print(printable(str(state)))
+        if not found:
+            print(f"nothing is scheduled for {' or '.join(jobs)}")
+    return 0
 
 
 # ---------------------------------------------------------------------- command: history
@@ -9481,6 +10006,17 @@ store.  For example:
 Changes nothing.  Exits with the code of the first failure.  For example:
   sgsync.py check
   sgsync.py check --job schoolinks --json""",
+    ),
+    "schedule": (
+        schedule_arguments,
+        "run a job every night",
+        """Print the scheduled task, the systemd timer, or the cron line that runs a job every day.
+
+Changes nothing without --install or --remove.  Without --at, tells what is scheduled, when it
+runs next, and how it ended last.  For example:
+  sgsync.py schedule
+  sgsync.py schedule --at 04:30
+  sgsync.py schedule --at 04:30 --user DISTRICT\\sgsync --install""",
     ),
     "trust": (
         trust_arguments,
