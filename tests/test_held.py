@@ -133,36 +133,48 @@ def test_sync_verify_is_silent_when_all_converged(home: homes.Home) -> None:
     assert (home.run / "verify/diff/iep.csv").read_text(encoding="utf-8").count("\n") == 1
 
 
+FIX = " on this <SQLDiff> would fix this"
+DATE = "change the query so that manager is written as "
+
+
 @pytest.mark.parametrize(
-    ("source", "sis", "what", "settles"),
+    ("source", "sis", "what", "remedy"),
     [
-        ("Lee", "Lee ", "blanks at the end", 'trim="true"'),
-        ("Lee", "LEE", "letter case", 'ignoreCase="true"'),
-        ("1.5", "1.50", "the form of a number", 'ignoreNumberForm="true"'),
-        ("01/31/2026", "2026-01-31", "the form of a date", 'dateFormat="%m/%d/%Y"'),
-        ("NULL", "", "a word for an empty field", 'nullText="NULL"'),
+        ("Lee", "Lee ", "trailing blanks", 'trim="true"' + FIX),
+        ("Lee", "LEE", "letter case", 'ignoreCase="true"' + FIX),
+        ("1.5", "1.50", "number format", 'ignoreNumberForm="true"' + FIX),
+        ('"a\nb"', "a\r\nb", "line breaks", 'ignoreLineBreaks="true"' + FIX),
+        ("NULL", "", "a word for an empty field", 'nullText="NULL"' + FIX),
+        ("01/31/2026", "2026-01-31", "date format",
+         DATE + "MM/DD/YYYY instead of YYYY-MM-DD (if the query returns a date type, "
+         'dateFormat="%m/%d/%Y" does this)'),
+        ("4/9/2026", "2026-04-09", "date format", DATE + "M/D/YYYY instead of YYYY-MM-DD"),
     ],
-)
-def test_diff_names_differences_in_form(
-    sqlite_home: homes.Home, source: str, sis: str, what: str, settles: str
+)  # fmt: skip
+def test_diff_names_differences_of_format(
+    sqlite_home: homes.Home, source: str, sis: str, what: str, remedy: str
 ) -> None:
     home = sqlite_home
     home.extract([(f"{n}", "2026-01-05", "LOCKED", source) for n in (1001, 1002, 1003)])
     home.sis([(f"{n}", "2026-01-05", "LOCKED", sis) for n in (1001, 1002, 1003)])
     assert home.main() == 0
     assert (
-        f"iep.csv: 3 of 3 updates differ only in form: column manager, {what}, as in "
+        f"iep.csv: 3 of 3 updates differ only in format: column manager, {what}, as in "
         "studentNumber=1001, startDate=2026-01-05: "
     ) in home.log
-    assert f"{settles} on this <SQLDiff> would settle it" in home.log
-    assert source not in home.log.replace(settles, "") or source.isupper()
+    assert f"{remedy}\n" in home.log
+    assert source not in home.log.replace(remedy, "") or source.isupper()
 
 
 @pytest.mark.parametrize(
     ("attribute", "source", "sis"),
-    [('ignoreCase="true"', "Lee", "LEE"), ('ignoreNumberForm="true"', "1.5", "01.50")],
+    [
+        ('ignoreCase="true"', "Lee", "LEE"),
+        ('ignoreNumberForm="true"', "1.5", "01.50"),
+        ('ignoreLineBreaks="true"', '"a\nb"', "a\r\nb"),
+    ],
 )
-def test_diff_ignores_forms_that_it_is_told_to(
+def test_diff_ignores_formats_that_it_is_told_to(
     sqlite_home: homes.Home, attribute: str, source: str, sis: str
 ) -> None:
     home = sqlite_home

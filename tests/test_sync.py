@@ -227,24 +227,23 @@ def test_sync_limit_of_a_file_goes_before_that_of_all(sqlite_home: homes.Home) -
 # ------------------------------------------------------------------ bad input
 
 GOOD = homes.csv_text(SOURCE)
-COLUMNS = "ia/iep.csv:1: the columns differ from those of ic/iep.csv: it "
+COLUMNS = "ia/iep.csv:1: the columns differ from those of ic/iep.csv: "
 BAD_SOURCES: dict[str, tuple[str | bytes, str]] = {
     "renamed": (
         GOOD.replace("startDate", "beginDate"),
-        COLUMNS + "lacks startDate; has besides beginDate",
+        COLUMNS + "missing startDate; unexpected beginDate",
     ),
     "missing": (
         "studentNumber,startDate,status\r\n1001,2026-01-05,LOCKED\r\n",
-        COLUMNS + "lacks manager",
+        COLUMNS + "missing manager",
     ),
     "moved": (
         "studentNumber,startDate,manager,status\r\n",
-        COLUMNS + "has them in another order: column 3 is manager, not status",
+        COLUMNS + "another order: column 3 is manager, not status",
     ),
     "no header": (
         GOOD.split("\r\n", 1)[1],
-        COLUMNS + "has none of studentNumber, startDate, status, manager; perhaps its header is "
-        "missing",
+        COLUMNS + "none of studentNumber, startDate, status, manager; its header may be missing",
     ),
     "truncated": (
         GOOD[: GOOD.index("Ana")],
@@ -269,11 +268,11 @@ BAD_SOURCES: dict[str, tuple[str | bytes, str]] = {
     ),
     "binary": (
         b"\x7fELF\x02\x01\x01\x00\x00\x00\x00",
-        "ia/iep.csv:1: holds a NUL character: a binary or UTF-16 file",
+        "ia/iep.csv:1: contains a NUL character: this is a binary or UTF-16 file",
     ),
     "UTF-16": (
         GOOD.encode("utf-16-le"),
-        "ia/iep.csv:1: holds a NUL character: a binary or UTF-16 file",
+        "ia/iep.csv:1: contains a NUL character: this is a binary or UTF-16 file",
     ),
     "mixed encodings": (
         GOOD.encode().replace(b"Lee", b"L\xe9e"),
@@ -281,7 +280,7 @@ BAD_SOURCES: dict[str, tuple[str | bytes, str]] = {
     ),
     "two columns of one name": (
         GOOD.replace("manager", "status"),
-        "ia/iep.csv:1: the header is wrong: the column 'status' stands there twice",
+        "ia/iep.csv:1: the header is wrong: the column 'status' appears more than once",
     ),
 }
 
@@ -328,15 +327,15 @@ BAD_QUERIES = {
     ),
     "column missing": (
         homes.QUERY.format(order="1").replace(', manager AS "manager"', ""),
-        "ia/iep.csv:1: the columns differ from those of ic/iep.csv: it has besides manager\n",
+        "ia/iep.csv:1: the columns differ from those of ic/iep.csv: unexpected manager\n",
     ),
     "column twice": (
         homes.QUERY.format(order="1").replace('"manager"', '"status"'),
-        "ic/iep.csv:1: the header is wrong: the column 'status' stands there twice\n",
+        "ic/iep.csv:1: the header is wrong: the column 'status' appears more than once\n",
     ),
     "key not selected": (
         homes.QUERY.format(order="1").replace('"startDate"', '"begin"'),
-        "ia/iep.csv:1: the columns differ from those of ic/iep.csv: it lacks begin; has besides "
+        "ia/iep.csv:1: the columns differ from those of ic/iep.csv: missing begin; unexpected "
         "startDate\n",
     ),
 }
