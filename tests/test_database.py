@@ -606,7 +606,8 @@ def test_calls_give_sql_server_the_type_of_every_parameter(
     found = sgsync.Comparison(sgsync.SqlDiff(file="a.csv", calls=calls), columns, key)
     failures = sgsync.Failures(tmp_path, 0)
     with opened("x") as database:
-        applier = sgsync.Applier(database, found, "insert", sgsync.Tally(), failures)
+        tally = sgsync.Tally()
+        applier = sgsync.Applier(database, found, "insert", tally, failures)
         applier.apply([("1", ""), ("2", "x" * 2000), ("3", "😀" * 2001), *[("4", "")] * 48])
         sent = recorder.sent.copy()
     assert tally.applied == 51

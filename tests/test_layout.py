@@ -45,15 +45,26 @@ def names_bound(node: ast.stmt) -> Iterator[str]:
             yield from names_bound(inner)
 
 
+def names_used(node: ast.stmt) -> set[str]:
+    """The names that are looked up at the top of the file, without those bound inside `node`."""
+    inside = list(ast.walk(node))
+    names = [each for each in inside if isinstance(each, ast.Name)]
+    bound = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+    bound.update(each.arg for each in inside if isinstance(each, ast.arg))
+    return {name.id for name in names} - bound
+
+
 def sections() -> list[Section]:
     found: list[Section] = []
     part = "HEAD"
     marks = [
         (number, match)
         for number, line in enumerate(LINES, 1)
-        if (match := re.fullmatch(r"# (=|-){60,} (.+)", line))
+        if (match := re.fullmatch(r"# (=|-){36} (.+)", line))
     ]
-    for (number, match), (following, _) in zip(marks, [*marks[1:], (len(LINES) + 1, None)]):
+    for (number, match), (following, _) in zip(
+        marks, [*marks[1:], (len(LINES) + 1, None)], strict=True
+    ):
         if match[1] == "=":
             part = match[2].partition(":")[0]
         else:
@@ -62,7 +73,7 @@ def sections() -> list[Section]:
         place = next((s for s in found if s.first <= node.lineno <= s.last), None)
         if place:
             place.names.update(names_bound(node))
-            place.used.update(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+            place.used.update(names_used(node))
     return found
 
 

@@ -1635,11 +1635,6 @@ def test_schoolinks_takes_the_host_key_from_beside_the_script_or_from_ssh(
     )
 
 
-def trust(district: District) -> str:
-    words = ["trust", "--job", "schoolinks", "--home", str(district.path)]
-    return sgsync.command_line(words)
-
-
 def test_schoolinks_without_a_host_key(district: District) -> None:
     district.students(1001)
     (district.path / "known_hosts").unlink()
