@@ -35,13 +35,14 @@ section, callees stand above callers.  Start reading at `Sync` or at `run_school
                    HostKeys, SftpRequests, Sftp, DriverMessage, Database,
                    write_query, SqlScript, Catalog, Oracle,
                    schoolinks_credentials
-    STAGES         The steps of a run, each given connections and its part of the configuration.
+    STAGES         The steps of a run, each given open connections and its part of the configuration.
                    download, export, FormatDifferences, diff, over_limits, apply,
                    run_statements, push, StudentFiles, UploadGuard, REPORT,
                    write_report, write_metrics
     COMMANDS       One section a command: its arguments and its run; only they connect stages.
                    Options, open_run, sync, schoolinks, diff, trust, procedures,
-                   secret, history, report, main
+                   secret, JobChecks, SyncChecks, SchooLinksChecks, check,
+                   history, report, main
 """
 
 from __future__ import annotations
@@ -1784,9 +1785,8 @@ class Block:
 
     def line_at(self, offset: int) -> int:
         """The line on which the row at `offset` begins."""
-        return (
-            self.line + self.data.count(b"\n", 0, offset) + self.data.count(LINE_BREAK, 0, offset)
-        )
+        breaks = self.data.count(b"\n", 0, offset) + self.data.count(LINE_BREAK, 0, offset)
+        return self.line + breaks
 
 
 def decode_row(row: bytes) -> Row:
@@ -1795,27 +1795,20 @@ def decode_row(row: bytes) -> Row:
 
 
 def encode_rows(rows: Sequence[bytes]) -> bytes:
-    r"""Canonical rows as csv.writer would write them: `b"1\0Lee, A"` is `b'1,"Lee, A"\r\n'`.
-
-    Works on all rows at once, and on single ones only where a field needs quotes.
-    """
-    text = b"\r\n".join([*rows, b""])
-    marks = [mark for mark in (b'"', b",", LINE_BREAK) if mark in text]
-    if text.count(b"\r") > len(rows):
-        marks.append(b"\r")
-    for mark in marks:  # Quotes come first: what begins with one from then on needs no more.
-        rows = [_quoted(row, mark[0]) if mark[0] in row else row for row in rows]
-    return (b"\r\n".join([*rows, b""]) if marks else text).translate(_FROM_CANONICAL)
-
-
-def _quoted(row: bytes, mark: int) -> bytes:
-    """A canonical row with quotes around each field that holds the byte `mark`."""
-    fields = row.split(b"\0")
-    if mark == _QUOTE:
-        fields = [b'"%b"' % f.replace(b'"', b'""') if mark in f else f for f in fields]
-    else:
-        fields = [b'"%b"' % f if mark in f and f[:1] != b'"' else f for f in fields]
-    return b"\0".join(fields)
+    r"""Canonical rows as csv.writer would write them: `b"1\0Lee, A"` is `b'1,"Lee, A"\r\n'`."""
+    text = b"".join(rows)
+    # Quotes come first: a field that begins with one from then on needs no more.
+    for mark in (_QUOTE, *b",\r", *LINE_BREAK):
+        if mark in text:
+            holders = [row for row in rows if mark in row]
+            fields = b"\0\n\0".join(holders).split(b"\0")
+            if mark == _QUOTE:
+                fields = [b'"%b"' % f.replace(b'"', b'""') if mark in f else f for f in fields]
+            else:
+                fields = [b'"%b"' % f if mark in f and f[:1] != b'"' else f for f in fields]
+            quoted = iter(b"\0".join(fields).split(b"\0\n\0"))
+            rows = [next(quoted) if mark in row else row for row in rows]
+    return b"\r\n".join([*rows, b""]).translate(_FROM_CANONICAL)
 
 
 class CsvFile:
@@ -2025,27 +2018,17 @@ class CsvFile:
             if not _REGULAR.fullmatch(first) or (width and first.count(b",") != width - 1):
                 return False
             self._regular_line = first
+        # The row's carriage return may stand in the middle of its last field if that has no quotes.
+        in_field = b"\r" in first and not first.endswith(b'"\r\n')
+        if in_field and _LONE_RETURN.search(raw):
+            return False
         if b'"' not in first:
-            return not self._has_lone_return(raw, first)
+            return True
         # Two quotes a field: the one must open it and the other close it.
         quoted = first.count(b'"') // 2 * rows
         opened = raw.count(b',"') + raw.count(b'\n"') + raw.startswith(b'"')
         closed = raw.count(b'",') + raw.count(b'"\r\n' if first.endswith(b"\r\n") else b'"\n')
-        if not opened == closed == quoted:
-            return False
-        return first.endswith((b'"\r\n', b'"\n')) or not self._has_lone_return(raw, first)
-
-    @staticmethod
-    def _has_lone_return(raw: bytes, first: bytes) -> bool:
-        r"""Whether the last, unquoted field of a row holds the row's \r, not its end.
-
-        Costs half of raw.count(b"\r\n").
-        """
-        if not first.endswith(b"\r\n"):
-            return False
-        decoder = io.IncrementalNewlineDecoder(None, translate=False)
-        decoder.decode(raw.decode("latin-1"))
-        return decoder.newlines != "\r\n"
+        return opened == closed == quoted
 
     def _canonical_irregular(self, raw: bytes, line: int) -> bytes:
         """The same for any block: split at the quotes, every other piece stands inside them."""
@@ -2277,15 +2260,19 @@ class OrderedRows:
         """Pass the first rows that `ahead` looked at, one for each of `keys`; returns them."""
         if not keys:
             return []
-        rows = self._piece.data[:-1].split(b"\n")
-        rows, left = rows[: len(keys)], rows[len(keys) :]
-        breaks = LINE_BREAK in self._piece.data
-        lines_left = len(left)
-        if breaks and self.is_raw:
-            lines_left += sum(row.count(LINE_BREAK) for row in left)
-        self.position += len(self._bytes[:-1].rsplit(b"\n", lines_left)[0]) + 1
+        rows = self._piece.data.split(b"\n")
+        del rows[-1]
+        has_breaks = LINE_BREAK in self._piece.data
+        if len(rows) == len(keys):
+            self.position += len(self._bytes)
+        else:
+            lines_left = len(rows) - len(keys)
+            if has_breaks and self.is_raw:
+                lines_left += sum(row.count(LINE_BREAK) for row in rows[len(keys) :])
+            del rows[len(keys) :]
+            self.position += len(self._bytes[:-1].rsplit(b"\n", lines_left)[0]) + 1
         self.rows += len(rows)
-        self._line += len(rows) + (sum(row.count(LINE_BREAK) for row in rows) if breaks else 0)
+        self._line += len(rows) + (sum(row.count(LINE_BREAK) for row in rows) if has_breaks else 0)
         self._last_row, self._last_key = rows[-1], keys[-1]
         return rows
 
@@ -2660,8 +2647,11 @@ class RunSummary:
 
     @property
     def only_planned(self) -> bool:
-        """True if the run showed changes and, by its nature, wrote none of them."""
-        return self.outcome in ("dry run", "held")
+        """True if the run showed changes and, by its nature, wrote none of them.
+
+        A run that maxShrink held has written its changes, and only sent nothing.
+        """
+        return self.outcome == "dry run" or (self.outcome == "held" and not self.total("applied"))
 
     def total(self, what: str) -> int:
         """The sum of `found`, `applied`, `failed` or `left_alone` over all files."""
@@ -3409,6 +3399,24 @@ class HostKeys:
         plain = dict.fromkeys(name for name in names if not name.startswith("|"))
         return [*map(printable, plain), *([plural(hashed, "hashed name")] if hashed else [])]
 
+    def require(self, host: str, port: int, setting: str, trust: str) -> list[paramiko.PKey]:
+        """The keys of a server, at least one; `setting` names it, the command `trust` pins it."""
+        found = self.of(host, port)
+        if found:
+            return found
+        pin = f"pin the server's key: {trust}"
+        if not self.path.exists():
+            raise ConfigError(f"{self.path}: cannot be read: the file does not exist", pin)
+        hosts = self.hosts()
+        if not hosts:
+            raise TransferError(f"{self.path}: has no host key", pin)
+        more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
+        raise TransferError(
+            f"{self.path}: has no host key for {self.name(host, port)}, only for "
+            f"{', '.join(hosts[:10])}{more}",
+            f"check {setting}; if it is right, {pin}",
+        )
+
     def check(self, host: str, port: int, key: paramiko.PKey, remedy: str) -> None:
         """Raise TransferError, with that remedy, unless `key` is one of those pinned."""
         pinned = self.of(host, port)
@@ -3467,18 +3475,34 @@ class HostKeys:
         return False
 
     def _write(self, lines: Sequence[str]) -> None:
-        """The whole file at once: readable by its owner alone if new, else as it was."""
+        """The whole file at once: readable by its owner alone if new, else as it was.
+
+        Root may do this in a folder of another account's: the new file follows no link, and is
+        that account's.
+        """
         import stat
+        import tempfile
 
         lines = [line for line in lines if line.strip()]
-        with new_file(self.path) as file:
+        folder = self.path.parent
+        with local_errors(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
             there = self.path.exists()
-            like = (self.path if there else self.path.parent).stat()
-            part = Path(file.name)
-            if os.name != "nt" and like.st_uid != part.stat().st_uid:
-                os.chown(part, like.st_uid, like.st_gid)  # Made by root, read by the job's account.
-            part.chmod(stat.S_IMODE(like.st_mode) if there else 0o600)
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+            like = (self.path if there else folder).stat()
+            number, name = tempfile.mkstemp(suffix=PART, dir=folder)  # 0600
+            try:
+                with open(number, "wb") as file:  # noqa: PTH123 - a descriptor
+                    if os.name != "nt":
+                        if like.st_uid != os.geteuid():
+                            os.fchown(number, like.st_uid, like.st_gid)
+                        if there:
+                            os.fchmod(number, stat.S_IMODE(like.st_mode))
+                    text = "".join(f"{line}\n" for line in lines)
+                    file.write(text.encode("utf-8", "surrogateescape"))
+                Path(name).replace(self.path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
         self._lines = lines
 
 
@@ -3576,14 +3600,17 @@ class SftpRequests:
     """Requests of which several are in flight at once, on the channel of an idle SFTPClient.
 
     Answers may come in any order; each is handed, as its type and content, to the function that
-    was given with the request.  After an exception answers may be outstanding: hang up.
+    was given with the request.  `moved` is called for each packet sent and each whole answer: bytes
+    alone may drip.  After an exception answers may be outstanding: hang up.
     Source: draft-ietf-secsh-filexfer-02.
     """
 
     OPEN, CLOSE, READ, WRITE, STAT = 3, 4, 5, 6, 17
     STATUS, HANDLE, DATA, ATTRIBUTES = 101, 102, 103, 105
 
-    def __init__(self, channel: paramiko.Channel, most: int, moved: Callable[[], None]) -> None:
+    def __init__(
+        self, channel: paramiko.Channel, most: int, moved: Callable[[], None] = lambda: None
+    ) -> None:
         self.most = most
         self._channel, self._moved = channel, moved
         self._waiting: dict[int, Callable[[int, bytes], None]] = {}
@@ -3653,10 +3680,16 @@ class SftpRequests:
             then = self._waiting.pop(number, None)
             if then is None:
                 raise paramiko.SFTPError("the server answered what nobody asked")
-            self._moved()  # A whole answer, not a byte of one: a hostile server drips.
+            self._moved()
             then(kind, bytes(memoryview(buffer)[begin + 9 : end]))
             begin = end
         del buffer[:begin]
+
+    @staticmethod
+    def path(text: str) -> bytes:
+        """A string as requests hold it."""
+        encoded = text.encode("utf-8")
+        return struct.pack(">I", len(encoded)) + encoded
 
     @staticmethod
     def check(kind: int, content: bytes, wanted: int) -> None:
@@ -3673,10 +3706,6 @@ class SftpRequests:
         text = content[8 : 8 + int.from_bytes(content[4:8], "big")].decode("utf-8", "replace")
         numbers = {2: errno.ENOENT, 3: errno.EACCES}
         raise OSError(numbers[code], text) if code in numbers else OSError(text or f"code {code}")
-
-
-def sftp_string(text: bytes) -> bytes:
-    return struct.pack(">I", len(text)) + text
 
 
 class SftpReads:
@@ -3739,7 +3768,7 @@ class SftpReads:
         most = SFTP_FILES if self.requests.most > 1 else 1
         while self._opened < min(len(self.files), self._taken + most) and self.requests.free:
             file = self.files[self._opened]
-            fields = sftp_string(file.path.encode("utf-8")) + struct.pack(">II", 1, 0)
+            fields = SftpRequests.path(file.path) + struct.pack(">II", 1, 0)
             self.requests.ask(SftpRequests.OPEN, [fields], file.opened)
             self._opened += 1
         while self._reading < self._opened and self._held < self.requests.most:
@@ -3807,15 +3836,16 @@ class SftpWrites:
 
     def oldest(self) -> SftpWrites.File | None:
         """The first file that is not finished; None when all are."""
-        self._ask()
+        if not self._unfinished:
+            self._ask()
         return self._unfinished[0] if self._unfinished else None
 
     def finish(self, file: SftpWrites.File) -> None:
         while file.confirmed is None:
             if file.error:
                 raise file.error
-            self.requests.exchange()
             self._ask()
+            self.requests.exchange()
         self._unfinished.popleft()
 
     def _ask(self) -> None:
@@ -3828,7 +3858,7 @@ class SftpWrites:
                 self._unfinished.append(opened)
                 self._unsent.append(opened)
                 # for writing, made if missing, emptied if there
-                fields = sftp_string(opened.path.encode("utf-8")) + struct.pack(">II", 0x1A, 0)
+                fields = SftpRequests.path(opened.path) + struct.pack(">II", 0x1A, 0)
                 self._request(opened, SftpRequests.OPEN, [fields], SftpRequests.HANDLE)
             else:
                 break
@@ -3864,7 +3894,7 @@ class SftpWrites:
                 file.unanswered -= 1
                 self._close(file)
             elif kind == SftpRequests.CLOSE:
-                path = sftp_string(file.path.encode("utf-8"))
+                path = SftpRequests.path(file.path)
                 self._request(file, SftpRequests.STAT, [path], SftpRequests.ATTRIBUTES)
             else:
                 flags, size = struct.unpack_from(">IQ", content)
@@ -3917,9 +3947,12 @@ class Sftp:
         import paramiko
 
         settings = self.settings
-        host_keys = self._host_keys()
+        host_keys = HostKeys(self.home / settings.known_hosts)
+        pinned = host_keys.require(
+            settings.host, settings.port, settings.host_from + settings.place, self._trust()
+        )
         private_key = None if settings.password else load_private_key(settings, self.home)
-        kinds = {key.get_name() for key in host_keys.of(settings.host, settings.port)}
+        kinds = {key.get_name() for key in pinned}
         self._watchdog = Watchdog(settings.timeout_seconds, self._hang_up)
         with self._operation(f"{self.where}: cannot connect"):
             self._transport = transport = ssh_transport(settings.host, settings.port, kinds)
@@ -3942,31 +3975,6 @@ class Sftp:
                 raise TransferError(f"{self.where}: the server offers no SFTP", transient=True)
             self._channel().settimeout(settings.timeout_seconds)
         log.info("%s: logged in as %s", self.where, settings.username)
-
-    def _host_keys(self) -> HostKeys:
-        """The file of pinned keys, which has one of this server."""
-        settings = self.settings
-        host_keys = HostKeys(self.home / settings.known_hosts)
-        if not host_keys.path.exists():
-            raise ConfigError(
-                f"{host_keys.path}: cannot be read: the file does not exist",
-                f"pin the server's key: {self._trust()}",
-            )
-        if not host_keys.of(settings.host, settings.port):
-            name = HostKeys.name(settings.host, settings.port)
-            hosts = host_keys.hosts()
-            more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
-            message, pin = (
-                f"{host_keys.path}: has no host key",
-                f"pin the server's key: {self._trust()}",
-            )
-            if not hosts:
-                raise TransferError(message, pin)
-            raise TransferError(
-                f"{message} for {name}, only for {', '.join(hosts[:10])}{more}",
-                f"check {settings.host_from}{settings.place}; if it is right, {pin}",
-            )
-        return host_keys
 
     def _trust(self) -> str:
         """The command that fetches, shows and pins this server's key."""
@@ -4026,7 +4034,7 @@ class Sftp:
         A file whose size is not the listed one is an error.  Many requests are in flight `ahead`
         of the block that is taken, in bounded memory: fast, but some servers choke on it.
         """
-        requests = SftpRequests(self._channel(), SFTP_REQUESTS if ahead else 1, self._feed)
+        requests = SftpRequests(self._channel(), SFTP_REQUESTS if ahead else 1)
         files = [SftpReads.File(f"{directory}/{entry.name}", entry.size) for entry in entries]
         reads = SftpReads(requests, files)
         try:
@@ -5270,7 +5278,7 @@ def schoolinks_credentials(
 
 
 # ==================================== STAGES
-# The steps of a run, each given connections and its part of the configuration.
+# The steps of a run, each given open connections and its part of the configuration.
 
 
 # ------------------------------------ stage: download
@@ -5320,7 +5328,9 @@ def download(
             begun = extract.epoch
         ahead = next(attempts) % 2 == 0  # Servers that choke on it get every other attempt.
         directory = f"{settings.download_directory}/{extract.epoch}"
-        missing = [entry for entry in extract.files if not _is_whole(folder / entry.name, entry)]
+        # An earlier attempt of this run may have brought some.
+        whole = {path.name: path.stat().st_size for path in folder.iterdir()}
+        missing = [entry for entry in extract.files if whole.get(entry.name) != entry.size]
         for entry, blocks in sftp.read_files(directory, missing, ahead=ahead):
             _download_file(blocks, folder, entry, track)
         log.info("downloaded %s of epoch %s", plural(len(extract.files), "file"), extract.epoch)
@@ -5378,11 +5388,6 @@ def _check_names(where: str, entries: list[RemoteEntry]) -> None:
                 "ask the server's operator; an extract must not contain such a name",
             )
         seen.add(entry.name.lower())
-
-
-def _is_whole(path: Path, entry: RemoteEntry) -> bool:
-    """Whether an earlier attempt of this run has brought the file."""
-    return path.is_file() and path.stat().st_size == entry.size
 
 
 def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, tick: Tick) -> None:
@@ -6900,6 +6905,7 @@ class Report:
         "dry run": ("\u2713", "good", "Dry run"),
         "held": ("!", "warn", "Held, nothing was written"),
         "busy": ("!", "warn", "Not started, another run was active"),
+        "paused": ("\u2713", "good", "Paused"),
         "interrupted": ("\u2715", "bad", "Interrupted"),
         "running": ("!", "warn", "Not finished"),
     }
@@ -6911,7 +6917,8 @@ class Report:
         trend = [run.summary for run in reversed(kept) if run.summary and run.folder != folder]
         trend = [*trend, summary]
         trend.sort(key=lambda told: told.epoch)
-        self.trend = [told for told in trend if told.outcome not in ("dry run", "busy", "running")]
+        others = ("dry run", "busy", "paused", "running")
+        self.trend = [told for told in trend if told.outcome not in others]
 
     def write(self) -> Path:
         """Write report.html; returns its path."""
@@ -6931,6 +6938,8 @@ class Report:
         mark, tone, word = self.OUTCOMES.get(summary.outcome, ("\u2715", "bad", "Failed"))
         if summary.outcome == "dry run" and summary.exit_code:
             mark, tone, word = "!", "warn", "Dry run; a real run would be held"
+        if summary.outcome == "held" and summary.total("applied"):
+            word = "Held, nothing was sent"
         recent = self.trend[-1 : -RECENT_RUNS - 1 : -1]
         return environment.from_string(REPORT).render(
             s=summary, mark=mark, tone=tone, word=word, operations=(INSERT, UPDATE, DELETE),
@@ -8556,6 +8565,652 @@ def _new_secret(options: SecretOptions) -> str:
     return first
 
 
+# ------------------------------------ checks: JobChecks
+# Given: what a run is given.
+# Gives: what every job needs, tried one after another: a finding each.
+# Raises: nothing.
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What came of one check: `state` is ok, warning, failed or skipped."""
+
+    job: str
+    check: str
+    state: str
+    message: str
+    remedy: str = ""
+    exit_code: int = 0
+
+    def __str__(self) -> str:
+        first, *more = self.message.split("\n")
+        lines = [f"{self.state:<8} {self.job} {self.check}: {first}", *more]
+        if self.remedy:
+            lines += f"Try: {self.remedy}".split("\n")
+        return ("\n" + 9 * " ").join(map(printable, lines))
+
+
+Findings = Iterator[Finding]
+
+
+class LogCollector(logging.Handler):
+    """Keeps the warnings that the stages log: here they are findings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        taken, self.messages = self.messages, []
+        return taken
+
+
+class JobChecks:
+    """The checks of one job, in order; those that need one that failed are skipped.
+
+    A check is a method that yields findings; an Error that it raises is one more, and it has then
+    failed.
+    """
+
+    job = ""
+    packages: tuple[str, ...] = ()
+    history = "history"
+
+    def __init__(self, options: CheckOptions) -> None:
+        self.options, self.home = options, options.home
+        self.stack = contextlib.ExitStack()
+        self.warnings = LogCollector()
+
+    def __enter__(self) -> JobChecks:
+        self.stack.__enter__()
+        log.addHandler(self.warnings)
+        self.stack.callback(log.removeHandler, self.warnings)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stack.close()
+
+    def checks(self) -> list[tuple[str, Callable[[], Findings], tuple[str, ...]]]:
+        """Name, method, and the names of the checks that it needs."""
+        return [
+            ("Python", self.python, ()),
+            ("configuration", self.configuration, ()),
+            ("permissions", self.permissions, ("configuration",)),
+            ("disk", self.disk, ()),
+        ]
+
+    def run(self) -> Findings:
+        passed: set[str] = set()
+        for name, method, needs in self.checks():
+            missing = [need for need in needs if need not in passed]
+            if missing:
+                yield Finding(self.job, name, "skipped", f"needs: {', '.join(missing)}")
+                continue
+            findings = list(self.tried(name, method))
+            yield from findings
+            if not any(finding.state == "failed" for finding in findings):
+                passed.add(name)
+
+    def tried(self, name: str, work: Callable[[], Findings]) -> Findings:
+        """What `work` yields under that name; then what it logged as a warning, and its failure."""
+        self.warnings.take()
+        error = None
+        try:
+            for finding in work():
+                yield dataclasses.replace(finding, check=finding.check or name)
+        except Exception as exception:
+            log.debug("", exc_info=True)
+            error = Error.of(exception)
+        for text in self.warnings.take():
+            message, _, remedy = text.partition("\nTry: ")
+            yield Finding(self.job, name, "warning", redact(message), redact(remedy))
+        if error:
+            message, remedy = redact(error.message), redact(error.remedy)
+            yield Finding(self.job, name, "failed", message, remedy, error.exit_code)
+
+    def ok(self, message: str) -> Finding:
+        return Finding(self.job, "", "ok", message)
+
+    def warning(self, message: str, remedy: str) -> Finding:
+        return Finding(self.job, "", "warning", message, remedy)
+
+    # ------------------------------------------------------------ what both jobs need
+
+    def python(self) -> Findings:
+        """This Python, and the packages against the ranges that were tested."""
+        import importlib.metadata
+
+        yield self.ok(f"{sys.version.split()[0]}, {sys.executable}")
+        if FROZEN:
+            return
+        path = SCRIPT.with_name("requirements.txt")
+        with local_errors(path):
+            lines = path.read_text(encoding="utf-8").splitlines()
+        found = []
+        for name, low, high in re.findall(r"(?m)^(\w+)>=([\d.]+),<([\d.]+)", "\n".join(lines)):
+            if name not in self.packages:
+                continue
+            try:
+                version = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                raise ConfigError(
+                    f"the package {name} is not installed", packages_remedy()
+                ) from None
+            found.append(f"{name} {version}")
+            numbers = [[int(n) for n in re.findall(r"\d+", text)] for text in (low, version, high)]
+            if not numbers[0] <= numbers[1] < numbers[2]:
+                yield self.warning(
+                    f"{name} {version} was not tested, only {low} and newer, below {high}",
+                    packages_remedy(),
+                )
+        yield self.ok(", ".join(found))
+
+    def configuration(self) -> Findings:
+        raise NotImplementedError
+
+    def secret_paths(self) -> tuple[Path, ...]:
+        """Files beside the configuration that only the job's account may read."""
+        return ()
+
+    def loaded(self) -> Config:
+        raise NotImplementedError
+
+    def permissions(self) -> Findings:
+        """Who may read the secrets, and whether a run can be kept."""
+        import tempfile
+
+        history = self.home / self.history
+        check_owner(history, self.options.arguments)
+        warn_of_readable(self.loaded(), *self.secret_paths())
+        place = next(path for path in (history, *history.parents) if path.exists())
+        with local_errors(place), tempfile.TemporaryFile(dir=place):
+            pass
+        yield self.ok(f"{account_name()} can write to {place}")
+
+    def notices(self) -> Findings:
+        """Whether anybody is told of a failure, and whether a run would pause today."""
+        config = self.loaded()
+        for pause in config.pauses:
+            if pause.covers(datetime.date.today()):
+                yield self.warning(
+                    f"today is in a <Pause>: nothing runs from {pause.from_} to {pause.to}",
+                    "delete the <Pause> if it is over",
+                )
+        if config.notices:
+            yield self.ok(", ".join(f"<Notify> on {notice.on}" for notice in config.notices))
+        else:
+            yield self.warning("nobody is told when a run fails", "add <Notify> to config.xml")
+
+    def disk(self) -> Findings:
+        """The free space against the largest of the last runs."""
+        history = self.home / self.history
+        last = runs(history)[:10] if history.is_dir() else []
+        size = 0
+        for run in last:
+            with contextlib.suppress(OSError):
+                files = [path for path in run.folder.rglob("*") if path.is_file()]
+                size = max(size, sum(path.stat().st_size for path in files))
+        place = next(path for path in (history, *history.parents) if path.exists())
+        with local_errors(place):
+            free = shutil.disk_usage(place).free
+        text = f"{free >> 20:,} MB free"
+        if size:
+            text += f", the largest of the last {plural(len(last), 'run')} has {size >> 20:,} MB"
+        if free < max(3 * size, 100 << 20):  # a run writes before the oldest one is deleted
+            yield self.warning(text, "free some disk space, or lower keepRuns= in <History>")
+        else:
+            yield self.ok(text)
+
+    # ------------------------------------------------------------ SFTP servers
+
+    def host_key(self, server: SftpSettings) -> Findings:
+        """Whether the server still shows the key that is pinned."""
+        host_keys = HostKeys(self.home / server.known_hosts)
+        trust = self.options.typed(*server.trust)
+        pinned = host_keys.of(server.host, server.port)
+        if not pinned:
+            raise TransferError(
+                f"{host_keys.path}: has no host key for {HostKeys.name(server.host, server.port)}",
+                f"pin it:\n{trust}",
+            )
+        key = fetch_host_key(server.host, server.port, pinned[0].get_name())
+        host_keys.check(
+            server.host, server.port, key,
+            "ask the server's operator whether the host key was changed; only if it was, replace "
+            f"the pinned key:\n{trust}",
+        )  # fmt: skip
+        yield self.ok(f"{server.host}:{server.port} {key.get_name()} {key.fingerprint}")
+
+    def clock(self, seconds: float, whose: str) -> Finding:
+        """A difference between this machine's clock and another one."""
+        text = f"{abs(seconds):,.0f} s {'ahead of' if seconds > 0 else 'behind'} {whose}"
+        if abs(seconds) < 300:  # A file server may keep whole or even seconds.
+            text = f"agrees with {whose}" if abs(seconds) < 3 else text
+            return Finding(self.job, "clock", "ok", text)
+        remedy = "set the clock: the age of an extract and the names of runs depend on it"
+        return Finding(self.job, "clock", "warning", text, remedy)
+
+
+# ------------------------------------ checks: SyncChecks
+# Given: what a run of sync is given.
+# Gives: a finding for each thing that it needs.
+# Raises: nothing.
+
+
+class SyncChecks(JobChecks):
+    """What `sync` needs."""
+
+    job = "sync"
+    packages = ("paramiko", "pyodbc", "lxml", "rich", "filelock", "tenacity")
+    ROWS = 1000  # looked at on each side
+    CLOCKS: typing.ClassVar = {
+        MSSQL: "SELECT DATEDIFF(second, '19700101', SYSUTCDATETIME())",
+        POSTGRESQL: "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS bigint)",
+    }
+
+    config: SyncConfig
+    sftp: Sftp
+    database: Database
+    extract: Extract | None = None
+
+    def checks(self) -> list[tuple[str, Callable[[], Findings], tuple[str, ...]]]:
+        config, sftp, database = "configuration", "SFTP log-in", "database log-in"
+        return [
+            *super().checks(),
+            ("notices", self.notices, (config,)),
+            ("ODBC driver", self.driver, (config,)),
+            ("host key", lambda: self.host_key(self.config.sftp), (config,)),
+            (sftp, self.log_in, ("host key",)),
+            ("download directory", self.download_directory, (sftp,)),
+            ("upload directory", self.upload_directory, (sftp,)),
+            (database, self.database_log_in, (config, "ODBC driver")),
+            ("queries", self.queries, (database,)),
+            ("procedures", self.procedures, (database,)),
+        ]
+
+    def configuration(self) -> Findings:
+        self.config = load_config(self.options.config, SyncConfig)
+        keep_secret(self.config.secrets)
+        count = len(self.config.sql_diffs)
+        yield self.ok(f"{self.options.config}: {plural(count, 'SQLDiff')}")
+
+    def loaded(self) -> Config:
+        return self.config
+
+    def secret_paths(self) -> tuple[Path, ...]:
+        return (self.home / self.config.sftp.private_key,)
+
+    def driver(self) -> Findings:
+        """Whether the ODBC driver of the connection string is installed."""
+        import pyodbc
+
+        text = self.config.database.connection_string
+        found = re.search(r"(?i)(?:^|;)\s*driver\s*=\s*(?:\{([^}]*)\}|([^;]*))", text)
+        name = ((found[1] or found[2]) if found else "").strip()
+        if not name:
+            yield self.ok("named by the data source (DSN)")
+        elif name in pyodbc.drivers() or Path(name).is_file():
+            yield self.ok(name)
+        else:
+            raise DatabaseError(
+                f"the driver {one_line(name)} is not installed; these are: "
+                f"{', '.join(pyodbc.drivers()) or 'none'}",
+                "install that driver, or correct Driver= in connectionString",
+            )
+
+    def log_in(self) -> Findings:
+        self.sftp = self.stack.enter_context(Sftp(self.config.sftp, self.home))
+        self.sftp.connect()
+        yield self.ok(f"{self.sftp.where} as {self.config.sftp.username}")
+
+    def download_directory(self) -> Findings:
+        """The newest extract, its age, and the files that config.xml wants of it."""
+        settings = self.config.sftp
+        extract = newest_extract(self.sftp, settings)
+        yield self.ok(
+            f"{settings.download_directory}/{extract.epoch}: "
+            f"{plural(len(extract.files), 'CSV file')}, "
+            f"{plural(sum(file.size for file in extract.files), 'byte')}"
+        )
+        if stale := too_old(extract, settings.max_age_hours):
+            yield self.warning(stale, "ask SameGoal whether the nightly export is scheduled")
+        names = {file.name for file in extract.files}
+        missing = [each.file for each in self.config.sql_diffs if each.file not in names]
+        if missing:
+            raise DataError(
+                f"the extract {extract.epoch} does not contain {', '.join(missing)}; it has "
+                f"{', '.join(map(one_line, sorted(names))) or 'no CSV file'}",
+                "correct file= of that <SQLDiff>, or ask SameGoal to export the file",
+            )
+        self.extract = extract
+
+    def upload_directory(self) -> Findings:
+        """Make a directory in it and remove it; its time is the server's clock."""
+        import secrets
+
+        directory, probe = (
+            self.config.sftp.upload_directory,
+            f".sgsync-probe-{secrets.token_hex(4)}",
+        )
+        if not self.sftp.exists(directory):
+            raise TransferError(
+                f"{self.sftp.where}: {directory}: upload directory does not exist",
+                "correct uploadDirectory on <SFTP>",
+            )
+        before = time.time()
+        self.sftp.make_directory(f"{directory}/{probe}")
+        now = (before + time.time()) / 2
+        times = []
+        with contextlib.suppress(TransferError):  # It may be write-only.
+            entries = self.sftp.listing(directory)
+            times = [entry.modified for entry in entries if entry.name == probe]
+        self.sftp.check_writable(directory, probe)
+        yield self.ok(f"{directory} can be written to")
+        for modified in times:
+            yield self.clock(now - modified, "the clock of the SFTP server")
+
+    def database_log_in(self) -> Findings:
+        self.database = self.stack.enter_context(Database(self.config.database))
+        self.database.connect()
+        yield self.ok(one_line(self.database.name))
+        if sql := self.CLOCKS.get(self.database.name):
+            before = time.time()
+            _, rows = Catalog(self.database).first_rows("the clock", sql, 1)
+            now = (before + time.time()) / 2
+            self.database.rollback()
+            seconds = now - int(cast("int", rows[0][0]))
+            yield self.clock(seconds, "the clock of the database server")
+
+    def queries(self) -> Findings:
+        """Each query against the newest extract: columns, order, duplicate keys of the first rows.
+
+        It is compared as in a run, in a folder that only this account can read, and then deleted.
+        """
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="sgsync-") as folder:
+            for sql_diff in self.config.sql_diffs:
+                work = functools.partial(self.query, sql_diff, Path(folder))
+                yield from self.tried(f"query {sql_diff.file}", work)
+
+    def query(self, sql_diff: SqlDiff, folder: Path) -> Findings:
+        source, target = (folder / side / sql_diff.file for side in ("ia", "ic"))
+        subject = f"ic/{sql_diff.file}: the query ({sql_diff.where})"
+        columns, rows = Catalog(self.database).first_rows(subject, sql_diff.query, self.ROWS)
+        self.database.rollback()
+        with new_file(target) as file:
+            file.write(csv_lines([columns]))
+            if rows:
+                file.write(csv_lines(rows, sql_diff.date_format))
+        sides = f"the first {plural(len(rows), 'row')} of the database"
+        entry = next(
+            (e for e in (self.extract.files if self.extract else ()) if e.name == sql_diff.file),
+            None,
+        )
+        if entry:
+            with new_file(source) as file:
+                file.write(self.head(entry))
+            sides += " and those of SameGoal's file"
+        else:
+            source = target
+        names = (f"ia/{sql_diff.file}", f"ic/{sql_diff.file}")
+        found = diff(source, target, io.BytesIO(), sql_diff, names, may_be_empty=True)
+        check_parameters(found)
+        yield self.ok(f"{plural(len(columns), 'column')}; {sides} can be compared")
+
+    def head(self, entry: RemoteEntry) -> bytes:
+        """A file of the extract, or the whole records at its beginning, `ROWS` at least."""
+        extract = cast("Extract", self.extract)
+        directory = f"{self.config.sftp.download_directory}/{extract.epoch}"
+        data = b""
+        self.sftp.connect()
+        for _, blocks in self.sftp.read_files(directory, [entry], ahead=False):
+            for block in blocks:
+                data += block
+                if data.count(b"\n") > self.ROWS or len(data) > RECORD_BYTES:
+                    break
+            if len(data) < entry.size:
+                break
+        else:
+            return data
+        self.sftp.close()  # In the middle of an answer.
+        end = data.rfind(b"\n") + 1
+        while end and data.count(b'"', 0, end) % 2:  # That line break is in a quoted field.
+            end = data.rfind(b"\n", 0, end - 1) + 1
+        return data[:end] or data
+
+    def procedures(self) -> Findings:
+        """Each procedure: whether it is there, may be called, and takes what is passed."""
+        catalog = Catalog(self.database)
+        for sql_diff in self.config.sql_diffs:
+            columns = None
+            if any(count is None for _, _, count in named_procedures(sql_diff, None)):
+                with contextlib.suppress(DatabaseError):  # told by the check of the query
+                    columns, _ = catalog.first_rows("the query", sql_diff.query, 0)
+                self.database.rollback()
+            for operation, name, count in named_procedures(sql_diff, columns):
+
+                def called(name: str = name, count: int | None = count) -> Findings:
+                    if fault := catalog.fault(name, count):
+                        raise DatabaseError(
+                            f"{name}: {fault}",
+                            f"install it:\n{self.options.typed('procedures', '--install')}",
+                        )
+                    passed = "" if count is None else f", {plural(count, 'value')}"
+                    yield self.ok(f"{name}{passed}")
+
+                yield from self.tried(f"{sql_diff.file} {operation}", called)
+
+
+# ------------------------------------ checks: SchooLinksChecks
+# Given: what a run of schoolinks is given.
+# Gives: a finding for each thing that it needs.
+# Raises: nothing.
+
+
+class SchooLinksChecks(JobChecks):
+    """What `schoolinks` needs."""
+
+    job = "schoolinks"
+    packages = ("paramiko", "oracledb", "lxml", "rich", "filelock", "tenacity")
+    history = "history/schoolinks"
+    DAYS = 30  # of attendance that are counted
+
+    config: SchooLinksConfig
+    login: OracleLogin
+    server: SftpSettings
+    oracle: Oracle
+    sftp: Sftp
+
+    def checks(self) -> list[tuple[str, Callable[[], Findings], tuple[str, ...]]]:
+        config, variables, log_in = "configuration", "environment", "PowerSchool log-in"
+        return [
+            *super().checks(),
+            ("notices", self.notices, (config,)),
+            (variables, self.variables, (config,)),
+            (log_in, self.powerschool, (variables,)),
+            ("PowerSchool tables", self.tables, (log_in,)),
+            ("host key", lambda: self.host_key(self.server), (variables,)),
+            ("SFTP log-in", self.log_in, ("host key",)),
+            ("directories", self.directories, ("SFTP log-in",)),
+        ]
+
+    def configuration(self) -> Findings:
+        self.config = load_config(self.options.config, SchooLinksConfig)
+        keep_secret(self.config.secrets)
+        settings = self.config.schoolinks
+        sections = [s.file for s in (settings.attendance, settings.gpa, settings.tags) if s.enabled]
+        yield self.ok(f"{self.options.config}: {', '.join(sections)}")
+
+    def loaded(self) -> Config:
+        return self.config
+
+    def secret_paths(self) -> tuple[Path, ...]:
+        key = self.config.schoolinks.private_key
+        return (self.home / key,) if key else ()
+
+    def variables(self) -> Findings:
+        """The log-ins of both servers."""
+        settings = self.config.schoolinks
+        self.login, server = schoolinks_credentials(settings, self.home, upload=True)
+        self.server = cast("SftpSettings", server)
+        keep_secret({self.login.password, self.server.password, self.server.passphrase})
+        yield self.ok(f"{self.login.user} at PowerSchool, {self.server.username} at SchooLinks")
+
+    def powerschool(self) -> Findings:
+        self.oracle = self.stack.enter_context(Oracle(self.config.schoolinks, self.login))
+        self.oracle.connect()
+        yield self.ok(f"{self.login.dsn} as {self.login.user}")
+
+    def tables(self) -> Findings:
+        """Each table and view: its columns, and how many rows have a value in each."""
+        for table, columns in self.wanted().items():
+            yield from self.tried(table, functools.partial(self.table, table, columns))
+
+    def wanted(self) -> dict[str, list[str]]:
+        """Table -> the columns that the queries read."""
+        settings = self.config.schoolinks
+        found: dict[str, list[str]] = {
+            "students": [settings.identifier_column, "id", "dcid", "fteid", "enroll_status",
+                         "grade_level", "schoolid"],
+        }  # fmt: skip
+        columns = []
+        if settings.gpa.enabled:
+            gpa = settings.gpa
+            columns += [(gpa.table, name) for name in (gpa.unweighted, gpa.weighted) if name]
+        if settings.tags.enabled:
+            columns += [(tag.table, tag.column) for tag in settings.tags.tags]
+        for table, column in columns:
+            start = [] if table.lower() == "students" else ["studentsdcid"]
+            found.setdefault(table.lower(), start).append(column.lower())
+        if settings.attendance.enabled:
+            found[settings.attendance.view] = [
+                "studentid", "fteid", "calendardate", "attendancevalue", "membershipvalue",
+            ]  # fmt: skip
+        return {table: list(dict.fromkeys(names)) for table, names in found.items()}
+
+    def table(self, table: str, columns: Sequence[str]) -> Findings:
+        binds: dict[str, object] = {}
+        counts = ", ".join(f"COUNT({column})" for column in columns)
+        sql, rows = f"SELECT COUNT(*), {counts} FROM {table}", "row"  # noqa: S608
+        if "calendardate" in columns:  # A view of all years would take long to count.
+            today = datetime.datetime.combine(datetime.date.today(), datetime.time())
+            sql += " WHERE calendardate >= :since AND calendardate <= :today"
+            binds = {"since": today - datetime.timedelta(days=self.DAYS), "today": today}
+        ((total, *filled),) = self.oracle.query(f"PowerSchool: {table}", sql, binds)
+        span = f" in the last {self.DAYS} days" if binds else ""
+        text = f"{plural(int(total), rows)}{span}"
+        shown = ", ".join(f"{n} {int(count):,}" for n, count in zip(columns, filled, strict=True))
+        if not total:
+            yield self.warning(
+                f"{text}",
+                "ask the administrator of PowerSchool whether this account may see the rows, or "
+                "correct the name in <SchooLinks>",
+            )
+            return
+        yield self.ok(f"{text}; filled: {shown}")
+        for column, count in zip(columns, filled, strict=True):
+            if not count:
+                yield self.warning(
+                    f"the column {column} is empty in every row{span}",
+                    "check in PowerSchool whether the district uses that column",
+                )
+
+    def log_in(self) -> Findings:
+        self.sftp = self.stack.enter_context(Sftp(self.server, self.home))
+        self.sftp.connect()
+        yield self.ok(f"{self.sftp.where} as {self.server.username}")
+
+    def directories(self) -> Findings:
+        """Only looked at: SchooLinks reads whatever arrives there."""
+        settings = self.config.schoolinks
+        for directory in (settings.test_directory, settings.directory):
+            if self.sftp.exists(directory):
+                yield self.ok(f"{directory} is there")
+            elif directory == settings.directory:
+                raise TransferError(
+                    f"{self.sftp.where}: {directory}: it does not exist",
+                    "correct directory= on <SchooLinks>, or ask SchooLinks",
+                )
+            else:
+                yield self.warning(
+                    f"{directory} does not exist", "correct testDirectory= on <SchooLinks>"
+                )
+
+
+# ------------------------------------ command: check
+#
+# Given: what a run is given.
+# Gives: a line for each thing that a run needs, with the remedy where it is missing.
+# Raises: nothing once it is under way; the exit code is that of the first failure.
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckOptions(Options):
+    job: str = ""
+
+
+def check_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    parser.add_argument(
+        "--job", choices=("sync", "schoolinks", "all"),
+        help="what to check (default: the jobs that the configuration is filled in for)",
+    )  # fmt: skip
+    parser.set_defaults(run=run_check, kind=CheckOptions)
+    return parser
+
+
+def run_check(options: CheckOptions) -> int:
+    """Try everything that a run needs, without changing anything."""
+    wanted = [options.job] if options.job else filled_jobs(options.config)
+    kinds: dict[str, type[JobChecks]] = {"sync": SyncChecks, "schoolinks": SchooLinksChecks}
+    findings: list[Finding] = []
+    for job, kind in kinds.items():
+        if options.job == "all" or job in wanted:
+            with kind(options) as checks:
+                for finding in checks.run():
+                    findings.append(finding)
+                    if not options.json:
+                        print(finding, flush=True)
+    if options.json:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    return next((each.exit_code for each in findings if each.exit_code), 0)
+
+
+def filled_jobs(config: Path) -> list[str]:
+    """The jobs whose elements are in the configuration and have no TODO(user) left.
+
+    The template fills in <SchooLinks>, so that job also needs one of its environment variables.
+    """
+    source = XmlSource(config)
+    elements = {"sync": ("SFTP", "Database", "Download"), "schoolinks": ("SchooLinks",)}
+    jobs = []
+    for job, tags in elements.items():
+        found = [source.root.find(tag) for tag in tags]
+        texts = [
+            text
+            for element in found
+            if element is not None
+            for each in element.iter(*ELEMENTS)
+            for text in (*each.attrib.values(), each.text or "")
+        ]
+        if None not in found and not any("TODO(user)" in str(text) for text in texts):
+            jobs.append(job)
+    used = any(name.startswith(("SCHOOLINKS_", "POWERSCHOOL_")) for name in os.environ)
+    if "schoolinks" in jobs and not used:
+        jobs.remove("schoolinks")
+    if not jobs:
+        raise ConfigError(
+            f"{config}: no job is filled in yet",
+            "replace each TODO(user) for sync, or set SchooLinks' environment variables for "
+            "schoolinks; name the job with --job to see what it lacks",
+        )
+    return jobs
+
+
 # ------------------------------------ command: history
 #
 # Given the folders of the runs that are kept; gives a table of them, one of them, what happened to
@@ -8863,6 +9518,15 @@ store.  For example:
   sgsync.py secret set sis_password
   sgsync.py secret delete sis_password""",
     ),
+    "check": (
+        check_arguments,
+        "try everything that a run needs",
+        """Try everything that a run needs: one line each, ok, warning, failed, or skipped.
+
+Changes nothing.  Exits with the code of the first failure.  For example:
+  sgsync.py check
+  sgsync.py check --job schoolinks --json""",
+    ),
     "trust": (
         trust_arguments,
         "pin the host key of an SFTP server",
@@ -8982,6 +9646,8 @@ def console_log(options: Options) -> Iterator[None]:
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else text)
     quiet = options.quiet or (options.terminal and nightly)
     handler.setLevel(logging.WARNING if quiet else level)
+    if options.command == "check" and not options.verbose:  # Its findings say all that is logged.
+        handler.setLevel(logging.ERROR)
     log.addHandler(handler)
 
     def log_thread_exception(args: threading.ExceptHookArgs) -> None:

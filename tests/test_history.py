@@ -506,7 +506,7 @@ def test_history_lists_runs_newest_first(
 def test_history_of_schoolinks_and_of_many_homes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    section = {"section": "GPA", "file": "gpa.csv", "rows": 7, "without": {}, "uploaded": "live"}
+    section = sgsync.SectionSummary("gpa.csv", "GPA", rows=7, without={}, null_days=0)
     for name in ("east", "west"):
         kept.run(tmp_path / name / "history", f"20260101-02000{len(name) - 4}")
         kept.run(tmp_path / name / "history/schoolinks", "20260102-020000", files=[],
@@ -567,6 +567,8 @@ def test_history_of_a_student_tells_all_changes_oldest_first(
              approval=sgsync.Approval("20260102-020000", "Pat", "as agreed", "", 1))  # fmt: skip
     kept.run(home, "20260104-020000", [kept.update(locked, BOB)], outcome="dry run")
     kept.run(home, "20260105-020000", [kept.delete(*locked)], forced=True)
+    file = sgsync.FileSummary("iep.csv", insert=sgsync.Tally(1, applied=1))
+    kept.run(home, "20260106-020000", [kept.insert(*BOB)], outcome="held", files=[file])
     out, err = history(capsys, tmp_path, "--key", "100119")
     key = "iep.csv studentNumber=100119, startDate=2026-01-06"
     change = "status from 'OPEN' to 'LOCKED', manager from 'Bob' to 'Bob \"B\" Lee'"
@@ -580,6 +582,7 @@ def test_history_of_a_student_tells_all_changes_oldest_first(
         "'OPEN', manager from 'Bob \"B\" Lee' to 'Bob'): a dry run",
         f"2026-01-05 02:00:00 run 20260105-020000 deleted {key} (status 'LOCKED', manager "
         "'Bob \"B\" Lee'); approved by svc with --force",
+        f"2026-01-06 02:00:00 run 20260106-020000 inserted {key} (status 'OPEN', manager 'Bob')",
     ]
     assert "Bob" not in err
     # the number of another student, and what is no key column, are no match
@@ -591,10 +594,10 @@ def test_history_of_a_student_tells_all_changes_oldest_first(
     assert json.loads(out)[1]["values"]["status"] == ["OPEN", "LOCKED"]
     out, _ = history(capsys, tmp_path, "--key", "100119", "--csv")
     rows = list(csv.DictReader(io.StringIO(out, newline="")))
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert (rows[3]["column"], rows[3]["after"]) == ("manager", 'Bob "B" Lee')
     out, _ = history(capsys, tmp_path, "--key", "7")
-    assert out == "no change to a row with the key 7 in 5 runs\n"
+    assert out == "no change to a row with the key 7 in 6 runs\n"
 
 
 def test_history_of_a_student_tells_what_was_not_written(tmp_path: Path) -> None:

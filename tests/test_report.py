@@ -159,6 +159,9 @@ def test_report_of_a_held_run_has_the_command_that_approves_it(tmp_path: Path) -
     assert "What to do: look at diff; approve: sgsync.py sync --approve 1" in page.text
     assert "pre" in [tag for tag, _ in page.tags]
     assert page.text.count("they begin with") == 1
+    file = sgsync.FileSummary("iep.csv", insert=sgsync.Tally(1, applied=1))  # by maxShrink
+    folder = kept.run(tmp_path, "20260103-020000", outcome="held", exit_code=6, files=[file])
+    assert "Held, nothing was sent" in report(folder).text
 
 
 def test_report_shows_the_trend(tmp_path: Path) -> None:
@@ -337,7 +340,7 @@ def value(path: Path, name: str, **labels: str) -> list[float]:
 
 def test_metrics_tell_of_the_last_run(sqlite_home: homes.Home, tmp_path: Path) -> None:
     home, path = sqlite_home, sqlite_home.path / "out/sgsync.prom"
-    section = {"section": "GPA", "file": "gpa.csv", "rows": 7, "without": {}, "uploaded": "live"}
+    section = sgsync.SectionSummary("gpa.csv", "GPA", rows=7, without={}, null_days=0)
     other = home.path / "history/schoolinks"
     folder = kept.run(other, "20260102-020000", files=[], sections=[section])
     told: dict[str, Any] = json.loads((folder / "summary.json").read_text())

@@ -1249,6 +1249,43 @@ def test_read_refuses_more_than_it_asked_for(
     )
 
 
+def test_read_gives_up_on_a_server_that_drips(home: homes.Home) -> None:
+    """Each answer is one byte, in time; the block they make up is not."""
+
+    class Dripping(RawSession):
+        def asked(self, kind: int, number: int, _content: bytes) -> None:
+            answer = struct.pack(">IBII", 10, 103, number, 1) + b"x"
+            if kind == 3:
+                answer = struct.pack(">IBII", 10, 102, number, 1) + b"h"
+            asyncio.get_running_loop().call_later(0.1, self.channel.write, answer)
+
+    with (
+        raw_server(home, Dripping),
+        session(home, timeout_seconds=0.5) as sftp,
+        pytest.raises(sgsync.TransferError, match=r"cannot be downloaded: no answer for 0\.5 s"),
+    ):
+        read(sftp, "/x/a.csv", 1000)
+
+
+@pytest.mark.parametrize("at", [1, 20, 150])
+def test_write_many_converts_a_cut_wherever_it_comes(
+    home: homes.Home, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    send, calls = sgsync.SftpWrites._send, []
+
+    def cut_once(writes: sgsync.SftpWrites, file: sgsync.SftpWrites.File) -> None:
+        send(writes, file)
+        calls.append(1)
+        if len(calls) == at:
+            home.sshd.cut()
+
+    monkeypatch.setattr(sgsync.SftpWrites, "_send", cut_once)
+    with session(home) as sftp, pytest.raises(sgsync.TransferError) as caught:
+        write_all(home, sftp, many(home, 200), ahead=True)
+    assert caught.value.transient
+    assert "cannot be uploaded: " in caught.value.message
+
+
 def test_transfers_survive_new_keys_in_the_middle(
     home: homes.Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def summary(changes: Sequence[Change], **values: Any) -> sgsync.RunSummary:
     file = sgsync.FileSummary("iep.csv", source_rows=4000, target_rows=4001)
     for operation, _, _ in changes:
         file.tally(operation).found += 1
-        file.tally(operation).applied += 1
+        file.tally(operation).applied += values.get("outcome") not in ("held", "dry run")
     told: dict[str, Any] = {
         "account": "svc", "computer": "app01", "outcome": "complete", "exit_code": 0,
         "files": [file], "keys": {"iep.csv": ["studentNumber", "startDate"]},
