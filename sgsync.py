@@ -281,6 +281,15 @@ def command_line(words: Sequence[str]) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def own_command(*words: str) -> str:
+    """A command of sgsync as a person can type it; as whom, where that matters.
+
+    The job's account may have no shell, so on POSIX it is used through sudo.
+    """
+    account = ["sudo", "-u", getpass.getuser()] if os.name == "posix" and os.geteuid() else []
+    return command_line([*account, *PROGRAM, *words])
+
+
 def packages_remedy() -> str:
     """The command that installs the packages for this Python, whichever else there are."""
     requirements = str(SCRIPT.with_name("requirements.txt"))
@@ -2307,7 +2316,7 @@ class Sftp:
     def _trust(self) -> str:
         """The command that fetches, shows and pins this server's key."""
         home = [] if self.home == default_home() else ["--home", str(self.home)]
-        return command_line([*PROGRAM, *self.settings.trust, *home])
+        return own_command(*self.settings.trust, *home)
 
     def close(self) -> None:
         """Close the connection; work that waits on it fails at once."""
@@ -4774,7 +4783,7 @@ def _bounds(
     inserts = own.max_inserts or limits.max_inserts
     if inserts and not (inserts.percent and found.target_rows < limits.min_rows):
         bounds[INSERT].append((inserts, "maxInserts"))
-    before = past[0].source_rows if past else 0
+    before = past[0].rows_left if past else 0
     if before and not found.target_rows:
         name = (
             f"the query returned no rows, after {before:,} in the last complete run, so the limit"
@@ -4852,11 +4861,13 @@ class Failures:
         if operation != DELETE:
             self._append(self.folder / "failures" / file, found.columns, row)
         self.rows.add((file, operation, key))
-        log.error("%s of %s failed: %s: %s", operation, key, procedure, error.message)
+        named = error.message.startswith(procedure)
+        reason = error.message if named else f"{procedure}: {error.message}"
+        log.error("%s of %s failed: %s", operation, key, reason)
         if len(self.rows) > self.limit:
             raise DatabaseError(
                 f"stopped: more than maxFailures={self.limit} rows failed; the last one: "
-                f"{operation} of {key}: {procedure}: {error.message}",
+                f"{operation} of {key}: {reason}",
                 f"look at {self.folder / FAILURES_NAME}; the rows already written stay, and the "
                 "next run continues from there",
             )
@@ -5135,6 +5146,11 @@ class FileSummary:
     not_converged: int = 0
     format_differences: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def rows_left(self) -> int:
+        """How many rows the run left in the database."""
+        return max(0, self.target_rows + self.insert.applied - self.delete.applied)
 
     def tally(self, operation: str) -> Tally:
         return cast("Tally", getattr(self, operation))
@@ -6083,16 +6099,12 @@ class Options:
         return plain and sys.stderr.isatty()
 
     def typed(self, *words: str) -> str:
-        """A command for this home, as a person can type it; as whom, where that matters.
-
-        The job's account may have no shell, so on POSIX it is used through sudo.
-        """
+        """A command for this home, as a person can type it."""
         if self.home != default_home():
             words += ("--home", str(self.home))
         if self.config != config_path(self.home):
             words += ("--config", str(self.config))
-        account = ["sudo", "-u", getpass.getuser()] if os.name == "posix" and os.geteuid() else []
-        return command_line([*account, *PROGRAM, *words])
+        return own_command(*words)
 
 
 def default_home() -> Path:
@@ -6929,7 +6941,7 @@ class Phase:
         def tick(count: int) -> None:
             nonlocal done
             done += count
-            progress.update(task, detail=f"{name}, {plural(done, unit)}")
+            progress.update(task, detail=f"{name}{', ' * bool(name)}{plural(done, unit)}")
 
         return tick
 
