@@ -35,14 +35,15 @@ section, callees stand above callers.  Start reading at `Sync` or at `run_school
                    HostKeys, SftpRequests, Sftp, DriverMessage, Database,
                    write_query, SqlScript, Catalog, Oracle,
                    schoolinks_credentials
-    STAGES         The steps of a run, each given open connections and its part of the configuration.
+    STAGES         The steps of a run, each given connections and its part of the configuration.
                    download, export, FormatDifferences, diff, over_limits, apply,
                    run_statements, push, StudentFiles, UploadGuard, REPORT,
                    write_report, write_metrics
     COMMANDS       One section a command: its arguments and its run; only they connect stages.
                    Options, open_run, sync, schoolinks, diff, trust, procedures,
                    secret, JobChecks, SyncChecks, SchooLinksChecks, check,
-                   history, report, main
+                   Schedule, WindowsTask, SystemdTimer, schedule, history,
+                   report, main
 """
 
 from __future__ import annotations
@@ -310,6 +311,15 @@ def plural(count: int, noun: str) -> str:
 def command_line(words: Sequence[str]) -> str:
     """A command as it can be typed on this machine."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def own_command(*words: str) -> str:
+    """A command of sgsync as a person can type it; as whom, where that matters.
+
+    The job's account may have no shell, so on POSIX it is used through sudo.
+    """
+    account = ["sudo", "-u", getpass.getuser()] if os.name == "posix" and os.geteuid() else []
+    return command_line([*account, *PROGRAM, *words])
 
 
 def packages_remedy() -> str:
@@ -1777,15 +1787,23 @@ _BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """`rows` records in canonical format; the first begins on line `line` of its file."""
+    """`rows` records in canonical format; the first begins on line `line` of its file.
+
+    Where columns were left out, `whole` has the rows with them: line breaks in them count.
+    """
 
     data: bytes
     line: int
     rows: int
+    whole: bytes = b""
 
     def line_at(self, offset: int) -> int:
         """The line on which the row at `offset` begins."""
-        breaks = self.data.count(b"\n", 0, offset) + self.data.count(LINE_BREAK, 0, offset)
+        data = self.data
+        if self.whole:
+            before = self.whole.split(b"\n", data.count(b"\n", 0, offset))[:-1]
+            data, offset = self.whole, sum(len(row) + 1 for row in before)
+        breaks = data.count(b"\n", 0, offset) + data.count(LINE_BREAK, 0, offset)
         return self.line + breaks
 
 
@@ -1833,6 +1851,8 @@ class CsvFile:
             re.compile(rb"(?<![^\0\n])" + re.escape(text) + rb"(?=[\0\n])") if text else None
         )
         self._regular_line = b""  # The structure of a row that has been found regular.
+        self._width = 0  # fields of a row, 0 for the header itself
+        self._kept: tuple[int, ...] | None = None  # the fields that `leave_out` left
         with local_errors(path):
             self._file: BinaryIO = path.open("rb")
         try:
@@ -1853,13 +1873,28 @@ class CsvFile:
 
     def again(self) -> CsvFile:
         """The same file from its beginning."""
-        return CsvFile(self.path, self.shown, trim=self._trim, null_text=self._null_text)
+        file = CsvFile(self.path, self.shown, trim=self._trim, null_text=self._null_text)
+        if self._kept is not None:
+            file.leave_out(name for name in file.columns if name not in self.columns)
+        return file
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Give the rows without these columns from now on."""
+        without = set(names)
+        if without:
+            self._kept = tuple(i for i, name in enumerate(self.columns) if name not in without)
+            self.columns = tuple(self.columns[index] for index in self._kept)
+
+    @property
+    def leaves_out(self) -> bool:
+        return self._kept is not None
 
     def blocks(self) -> Iterator[Block]:
         """The rows in canonical format, block by block."""
         for raw in self.raw_blocks():
             block = self.canonical(raw, self.line)
-            self.line += raw.count(b"\n") if LINE_BREAK in block.data else block.rows
+            has_breaks = LINE_BREAK in (block.whole or block.data)
+            self.line += raw.count(b"\n") if has_breaks else block.rows
             yield block
 
     def raw_blocks(self) -> Iterator[bytes]:
@@ -1874,6 +1909,10 @@ class CsvFile:
             data = _BLANKS_AT_END.sub(b"", data)
         if self._null:
             data = self._null.sub(b"", data)
+        if self._kept is not None:
+            split = (row.split(b"\0") for row in data[:-1].split(b"\n"))
+            rows = (b"\0".join([fields[index] for index in self._kept]) for fields in split)
+            return Block(b"".join([row + b"\n" for row in rows]), line, block.rows, data)
         return block if data is block.data else Block(data, line, block.rows)
 
     @staticmethod
@@ -1933,7 +1972,7 @@ class CsvFile:
                 what = what if name else f"column {number} has no name"
                 self.fail(1, f"the header is wrong: {what}", "give each column its own name")
             seen.add(name)
-        self.columns = columns
+        self.columns, self._width = columns, len(columns)
         self.line += header.count(b"\n")
         return first[end:]
 
@@ -1979,7 +2018,7 @@ class CsvFile:
         field holds a comma, a quote or a line break.  One translation that leaves only those
         characters shows it, and a second one makes the canonical format.
         """
-        width = len(self.columns)  # 0 for the header itself
+        width = self._width
         self._check_text(raw, line)
         structure = raw.translate(None, _NOT_STRUCTURE)
         first = structure[: structure.find(b"\n") + 1]
@@ -2299,6 +2338,8 @@ class OrderedRows:
             lines = [block.line - 1 - self._last_row.count(LINE_BREAK), *lines]
         index = next(i for i in range(1, len(keys)) if not keys[i - 1] < keys[i])
         found = lines[index - 1 : index + 1]
+        if self._sorted and keys[index - 1] != keys[index]:  # Columns were left out.
+            found = [self._lines_of(each)[0] for each in keys[index - 1 : index + 1]]
         before, row = (self.key.show(decode_row(row)) for row in rows[index - 1 : index + 1])
         if keys[index - 1] == keys[index]:
             if self._sorted:
@@ -2486,6 +2527,7 @@ class Comparison:
     update: int = 0
     delete: int = 0
     format_differences: list[str] = dataclasses.field(default_factory=list)
+    new_columns: Row = ()  # only the source has them; left out
     changes: Path = Path("-")  # standard output, unless `compare` made it
     source: Path = Path("-")  # likewise
     _lines: Iterator[tuple[int, Row]] = dataclasses.field(default=iter(()), repr=False)
@@ -2520,11 +2562,13 @@ class Comparison:
     def _numbered_rows(self) -> Iterator[tuple[int, Row]]:
         trim, null_text = self.sql_diff.trim, self.sql_diff.null_text
         with CsvFile(self.source, trim=trim, null_text=null_text) as file:
+            file.leave_out(name for name in file.columns if name not in self.columns)
             for block in file.blocks():
                 line = block.line
-                for raw in block.data[:-1].split(b"\n"):
-                    yield line, decode_row(raw)
-                    line += 1 + raw.count(LINE_BREAK)
+                whole = (block.whole or block.data).split(b"\n")
+                for row, full in zip(block.data[:-1].split(b"\n"), whole, strict=False):
+                    yield line, decode_row(row)
+                    line += 1 + full.count(LINE_BREAK)
 
     def summary(self) -> FileSummary:
         """What summary.json tells of it, before anything is applied."""
@@ -2573,6 +2617,11 @@ class FileSummary:
     not_converged: int = 0
     format_differences: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def rows_left(self) -> int:
+        """How many rows the run left in the database."""
+        return max(0, self.target_rows + self.insert.applied - self.delete.applied)
 
     def tally(self, operation: str) -> Tally:
         return cast("Tally", getattr(self, operation))
@@ -3979,7 +4028,7 @@ class Sftp:
     def _trust(self) -> str:
         """The command that fetches, shows and pins this server's key."""
         home = [] if self.home == default_home() else ["--home", str(self.home)]
-        return command_line([*PROGRAM, *self.settings.trust, *home])
+        return own_command(*self.settings.trust, *home)
 
     def close(self) -> None:
         """Close the connection; work that waits on it fails at once."""
@@ -5278,7 +5327,7 @@ def schoolinks_credentials(
 
 
 # ==================================== STAGES
-# The steps of a run, each given open connections and its part of the configuration.
+# The steps of a run, each given connections and its part of the configuration.
 
 
 # ------------------------------------ stage: download
@@ -5451,6 +5500,13 @@ class FormatDifferences:
             "breaks": sql_diff.ignore_line_breaks,
         }
         self._ignored = {kind for kind, is_set in ignored.items() if is_set}
+        self._ignored_columns = {
+            index for index, name in enumerate(columns) if name in sql_diff.ignore_columns
+        }
+        tolerance = dict(sql_diff.tolerance)
+        self._tolerance = {
+            index: tolerance[name] for index, name in enumerate(columns) if name in tolerance
+        }
         self._updates = self._formal = 0
         # (column, kind): how many, and for the first of them its row's key and both values
         self._found: dict[tuple[int, str], tuple[Any, ...]] = {}
@@ -5458,7 +5514,7 @@ class FormatDifferences:
 
     def not_ignored(self, changes: list[bytes]) -> list[bytes]:
         """The changes without the updates of which the SQLDiff ignores every difference."""
-        if not self._ignored:
+        if not (self._ignored or self._ignored_columns or self._tolerance):
             return changes
         ignored = self._ignored.issuperset
         return [
@@ -5506,14 +5562,26 @@ class FormatDifferences:
                 self._dates.setdefault(index, set()).add((dates[0][1], dates[1][1]))
 
     def _kinds(self, change: bytes) -> dict[int, str]:
-        """The columns in which an update's two rows differ, and the kind of each difference."""
+        """The columns in which an update's two rows differ, and the kind of each difference.
+
+        Without the columns that are ignored, and the numbers that differ no more than tolerated.
+        """
         fields = change.split(b"\0")
         end = 1 + len(self._columns)
         return {
             index: self.kind(*decode_row(b"\0".join(pair)))
             for index, pair in enumerate(zip(fields[1:end], fields[end:], strict=True))
             if pair[0] != pair[1]
+            and index not in self._ignored_columns
+            and not (index in self._tolerance and self._tolerated(index, *pair))
         }
+
+    def _tolerated(self, index: int, before: bytes, after: bytes) -> bool:
+        numbers = [self._number(decode_row(field)[0]) for field in (before, after)]
+        if not all(isinstance(number, decimal.Decimal) for number in numbers):
+            return False
+        one, other = cast("list[decimal.Decimal]", numbers)
+        return abs(one - other) <= self._tolerance[index]
 
     def _advice(self, index: int, kind: str, word: str) -> str:
         if kind != "date":
@@ -5650,17 +5718,21 @@ def diff(
             )
             for path, name in zip((source, target), shown, strict=True)
         ]
-        columns = files[1].columns
-        if files[0].columns or not columns or not may_be_empty:
+        new_columns: Row = ()
+        if files[0].columns or not files[1].columns or not may_be_empty:
+            new_columns = leave_out_columns(sql_diff, *files)
             check_columns(*files)
+        columns = files[1].columns
         key = Key(sql_diff.key, columns, shown[1])
         sides = []
         for file in files:
-            in_order = None
+            in_order: Iterator[Block] | None = None
             if sql_diff.sort:
                 in_order = stack.enter_context(contextlib.closing(Sorter(file, key).blocks()))
+            elif any(each.leaves_out for each in files):  # Raw rows are equal no more.
+                in_order = file.blocks()
             sides.append(OrderedRows(file, key, in_order))
-        comparison = Comparison(sql_diff, columns, key)
+        comparison = Comparison(sql_diff, columns, key, new_columns=new_columns)
         formats = FormatDifferences(sql_diff, key, columns)
         names = (f"{side}_{name}" for side in ("before", "after") for name in columns)
         header = "\0".join(["operation", *names]).encode("utf-8").replace(b"\n", LINE_BREAK)
@@ -5673,6 +5745,38 @@ def diff(
     comparison.format_differences = formats.sentences()
     comparison.source_rows, comparison.target_rows = sides[0].rows, sides[1].rows
     return comparison
+
+
+def leave_out_columns(sql_diff: SqlDiff, source: CsvFile, target: CsvFile) -> Row:
+    """Leave out what only one side has and config.xml names; returns the new columns among it."""
+    ours, theirs, ignored = source.columns, target.columns, sql_diff.ignore_columns
+    target.leave_out(name for name in theirs if name in ignored and name not in ours)
+    extra = [name for name in ours if name not in theirs]
+    new = [name for name in extra if name not in ignored]
+    if sql_diff.new_columns != "report" or not set(ours) & set(theirs):
+        new = []
+    source.leave_out(name for name in extra if name in ignored or name in new)
+    return tuple(new)
+
+
+def new_columns_warning(found: Comparison) -> str:
+    """What takes in the columns that only SameGoal's file has, in SQL Server's words."""
+    sql_diff, names = found.sql_diff, [one_line(name) for name in found.new_columns]
+    calls = [sql_diff.calls[name] for name in (INSERT, UPDATE) if name in sql_diff.calls]
+    procedures = list(dict.fromkeys(call.procedure or "its SQL" for call in calls))
+    lines = [
+        f"{sql_diff.file}: SameGoal's file has new columns, which are neither compared nor "
+        f"passed: {', '.join(names)}",
+        f"Try: to take them in, add these lines (the types are a guess), and order the query's "
+        f"columns as in ia/{sql_diff.file}:",
+    ]
+    for name in names:
+        lines += [
+            f"query ({sql_diff.where}): d.{name},",
+            f"procedure {' and '.join(procedures) or 'to be written'}: @{name} nvarchar(4000),",
+            f"table: ALTER TABLE ... ADD {name} nvarchar(4000) NULL",
+        ]
+    return "\n".join(lines)
 
 
 def check_columns(source: CsvFile, target: CsvFile) -> None:
@@ -5876,7 +5980,7 @@ def _bounds(
     inserts = own.max_inserts or limits.max_inserts
     if inserts and not (inserts.percent and found.target_rows < limits.min_rows):
         bounds[INSERT].append((inserts, "maxInserts"))
-    before = past[0].source_rows if past else 0
+    before = past[0].rows_left if past else 0
     if before and not found.target_rows:
         name = (
             f"the query returned no rows, after {before:,} in the last complete run, so the limit"
@@ -5957,11 +6061,13 @@ class Failures:
         if operation != DELETE:
             self._append(self.folder / "failures" / file, found.columns, row)
         self.rows.add((file, operation, key))
-        log.error("%s of %s failed: %s: %s", operation, key, procedure, error.message)
+        named = error.message.startswith(procedure)
+        reason = error.message if named else f"{procedure}: {error.message}"
+        log.error("%s of %s failed: %s", operation, key, reason)
         if len(self.rows) > self.limit:
             raise DatabaseError(
                 f"stopped: more than maxFailures={self.limit} rows failed; the last one: "
-                f"{operation} of {key}: {procedure}: {error.message}",
+                f"{operation} of {key}: {reason}",
                 f"look at {self.folder / FAILURES_NAME}; the rows already written stay, and the "
                 "next run continues from there",
             )
@@ -5991,7 +6097,8 @@ class Applier:
         self.found, self.tally = found, tally
         self.file, self.key = found.sql_diff.file, found.key
         self.call = found.sql_diff.calls[operation]
-        default = found.key.names if operation == DELETE else found.columns
+        passed = [n for n in found.columns if n not in found.sql_diff.ignore_columns]
+        default = found.key.names if operation == DELETE else passed
         self._indexes = [found.columns.index(n) for n in self.call.parameters or default]
 
     def apply(self, rows: Sequence[Row]) -> None:
@@ -7230,16 +7337,12 @@ class Options:
         return plain and sys.stderr.isatty()
 
     def typed(self, *words: str) -> str:
-        """A command for this home, as a person can type it; as whom, where that matters.
-
-        The job's account may have no shell, so on POSIX it is used through sudo.
-        """
+        """A command for this home, as a person can type it."""
         if self.home != default_home():
             words += ("--home", str(self.home))
         if self.config != config_path(self.home):
             words += ("--config", str(self.config))
-        account = ["sudo", "-u", getpass.getuser()] if os.name == "posix" and os.geteuid() else []
-        return command_line([*account, *PROGRAM, *words])
+        return own_command(*words)
 
 
 class Parser(argparse.ArgumentParser):
@@ -7337,7 +7440,7 @@ class Phase:
         def tick(count: int) -> None:
             nonlocal done
             done += count
-            progress.update(task, detail=f"{name}, {plural(done, unit)}")
+            progress.update(task, detail=f"{name}{', ' * bool(name)}{plural(done, unit)}")
 
         return tick
 
@@ -7664,6 +7767,8 @@ class Sync:
                 )
                 for difference in found.format_differences:
                     log.warning("%s", difference)
+                if found.new_columns:
+                    log.warning("%s", new_columns_warning(found))
                 summary = found.summary()
                 summary.seconds = round(time.monotonic() - began, 3)
                 self.summary.files.append(summary)
@@ -7880,7 +7985,7 @@ def run_schoolinks(options: SchooLinksOptions) -> int:
         def query() -> list[Section]:
             with Oracle(settings, login) as powerschool:
                 powerschool.connect()
-                if server:  # Loaded while PowerSchool works: that takes as long as a query.
+                if server:  # Loading it takes 0.1 s, so it is done while PowerSchool works.
                     threading.Thread(target=importlib.import_module, args=["paramiko"]).start()
                 return StudentFiles(settings, today).build(powerschool)
 
@@ -8566,9 +8671,10 @@ def _new_secret(options: SecretOptions) -> str:
 
 
 # ------------------------------------ checks: JobChecks
-# Given: what a run is given.
-# Gives: what every job needs, tried one after another: a finding each.
-# Raises: nothing.
+#
+# Given: the options of `check`.
+# Gives: findings, one after another, of what every job needs.
+# Raises: nothing; an Error is a finding.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -8590,9 +8696,6 @@ class Finding:
         return ("\n" + 9 * " ").join(map(printable, lines))
 
 
-Findings = Iterator[Finding]
-
-
 class LogCollector(logging.Handler):
     """Keeps the warnings that the stages log: here they are findings."""
 
@@ -8606,6 +8709,9 @@ class LogCollector(logging.Handler):
     def take(self) -> list[str]:
         taken, self.messages = self.messages, []
         return taken
+
+
+Findings = Iterator[Finding]
 
 
 class JobChecks:
@@ -8794,10 +8900,11 @@ class JobChecks:
         return Finding(self.job, "clock", "warning", text, remedy)
 
 
-# ------------------------------------ checks: SyncChecks
-# Given: what a run of sync is given.
-# Gives: a finding for each thing that it needs.
-# Raises: nothing.
+# ------------------------------------ checks of sync: SyncChecks
+#
+# Given: what `sync` is given.
+# Gives: findings, from the ODBC driver to the parameters of the procedures.
+# Raises: nothing; an Error is a finding.
 
 
 class SyncChecks(JobChecks):
@@ -9005,10 +9112,11 @@ class SyncChecks(JobChecks):
                 yield from self.tried(f"{sql_diff.file} {operation}", called)
 
 
-# ------------------------------------ checks: SchooLinksChecks
-# Given: what a run of schoolinks is given.
-# Gives: a finding for each thing that it needs.
-# Raises: nothing.
+# ------------------------------------ checks of schoolinks: SchooLinksChecks
+#
+# Given: what `schoolinks` is given.
+# Gives: findings, from the environment to SchooLinks' directories.
+# Raises: nothing; an Error is a finding.
 
 
 class SchooLinksChecks(JobChecks):
@@ -9209,6 +9317,510 @@ def filled_jobs(config: Path) -> list[str]:
             "schoolinks; name the job with --job to see what it lacks",
         )
     return jobs
+
+
+# ------------------------------------ scheduling: Schedule
+#
+# Given: the options of `schedule`, and a job.
+# Gives: the command to be run, and what all schedulers have in common.
+# Raises: ConfigError for what cannot be scheduled; Error where the scheduler refuses.
+
+HOURS = 12  # A run that takes longer is stopped.
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleState:
+    """What the system says of a schedule; times as it writes them."""
+
+    name: str
+    job: str
+    next_run: str
+    last_run: str
+    result: int | None
+    meaning: str
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.job}, next run {self.next_run or 'unknown'}"
+        if self.result is None:
+            return f"{text}, last result: {self.meaning}"
+        last = f", last run {self.last_run}" if self.last_run else ""
+        return f"{text}{last}, last result {self.result}: {self.meaning}"
+
+
+EXIT_MEANINGS = {
+    0: "success",
+    1: "unexpected error",
+    2: "configuration or usage",
+    3: "SFTP transfer",
+    4: "database",
+    5: "data",
+    6: "held by a limit, nothing was written",
+    7: "another run was active",
+    8: "finished, but some rows failed",
+    130: "interrupted",
+    # Task Scheduler's own. Source: Microsoft, "Task Scheduler Error and Success Constants".
+    0x00041300: "ready, has not run yet",
+    0x00041301: "running now",
+    0x00041303: "has not run yet",
+    0x00041306: "ended by a user",
+    0x80070002: "the program was not found: make the task again",
+    0x8007052E: "the account's password is wrong: make the task again",
+    0x80070569: 'the account lacks the right "Log on as a batch job"',
+    0x800710E0: "refused: the account may not log on, or a run was active",
+    0xC000013A: "closed or interrupted",
+}
+
+
+class Schedule:
+    """A daily run of one job, by one of the system's schedulers."""
+
+    def __init__(self, options: ScheduleOptions, job: str) -> None:
+        self.options, self.job, self.home = options, job, options.home
+        self.name = "sgsync" if job == "sync" else f"sgsync-{job}"
+        if self.home != default_home():  # Districts that share an installation differ in that.
+            digest = hashlib.sha256(os.fsencode(self.home)).hexdigest()[:6]
+            self.name += f"-{re.sub('[^A-Za-z0-9_]+', '-', self.home.name)}-{digest}"
+        self.shown = self.name
+        self.description = f"sgsync {job}, home {self.home}"
+
+    def words(self) -> list[str]:
+        """The command, which needs nothing of its environment and of the folder it starts in."""
+        options, words = self.options, [*PROGRAM]
+        words += [self.job] if self.job != "sync" else []
+        words += ["--home", str(self.home)] if self.home != default_home() else []
+        words += (
+            ["--config", str(options.config)] if options.config != config_path(self.home) else []
+        )
+        return [*words, "--quiet"]
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot be scheduled."""
+        if not re.fullmatch(r"(?:[01][0-9]|2[0-3]):[0-5][0-9]", self.options.at):
+            raise ConfigError(
+                f"--at '{one_line(self.options.at)}': is not a time of day", "--at 04:30"
+            )
+        if any(not word.isprintable() for word in (*self.words(), self.user())):
+            raise ConfigError("a path or the account contains an unprintable character")
+
+    def user(self) -> str:
+        raise NotImplementedError
+
+    def text(self) -> str:
+        """What `install` makes."""
+        raise NotImplementedError
+
+    def when(self) -> str:
+        return f"every day at {self.options.at} as {self.user()}"
+
+    def exists(self) -> bool:
+        raise NotImplementedError
+
+    def install(self) -> None:
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        raise NotImplementedError
+
+    def state(self) -> ScheduleState:
+        raise NotImplementedError
+
+    def called(self, program: str, *words: str, show: bool = False) -> str | None:
+        """What a program of the system prints, None if it fails; with `show`, on the terminal."""
+        path = shutil.which(program)
+        if not path:
+            raise ConfigError(f"{program} was not found", "use --cron" if os.name != "nt" else "")
+        log.debug("%s", command_line([path, *words]))
+        done = subprocess.run(  # noqa: S603 - the words are ours
+            [path, *words], capture_output=not show, check=False, text=True, errors="replace",
+            encoding="oem" if os.name == "nt" else "utf-8",
+        )  # fmt: skip
+        if done.returncode:
+            self.said = one_line(done.stderr or done.stdout or f"exit code {done.returncode}")
+            return None
+        return done.stdout or ""
+
+    said = ""  # by the program that failed
+
+    def must(self, program: str, *words: str, show: bool = False) -> str:
+        """`called`; raises Error where it fails."""
+        out = self.called(program, *words, show=show)
+        if out is None:
+            remedy = 'run this in a Command Prompt started with "Run as administrator"'
+            if os.name != "nt":
+                remedy = (
+                    f"run it as root:\nsudo {command_line([*PROGRAM, *self.options.arguments])}"
+                )
+            raise Error(f"{self.shown}: {program} {words[0]} failed: {self.said}", remedy)
+        return out
+
+
+# ------------------------------------ scheduling on Windows: WindowsTask
+#
+# Given: a Schedule.
+# Gives: a task of Task Scheduler, by way of schtasks.
+# Raises: as Schedule does.
+
+
+class WindowsTask(Schedule):
+    """A task of Windows' Task Scheduler.
+
+    Source of its XML: Microsoft, "Task Scheduler Schema"; in a trigger, order matters.
+    """
+
+    NAMESPACE = "http://schemas.microsoft.com/windows/2004/02/mit/task"
+
+    def check(self) -> None:
+        super().check()
+        options = self.options
+        if options.cron:
+            raise ConfigError("--cron has no effect on Windows")
+        if options.gmsa and not re.fullmatch(r"[^\\@]+\\[^\\@]+\$", options.gmsa):
+            raise ConfigError(
+                f"--gmsa '{one_line(options.gmsa)}': is not the name of a managed service account",
+                "write DOMAIN\\name$",
+            )
+
+    def user(self) -> str:
+        return self.options.gmsa or self.options.user or account_name()
+
+    def text(self) -> str:
+        return self.xml().decode("utf-16").replace("\r\n", "\n")
+
+    def xml(self) -> bytes:
+        """The task, as schtasks wants it: UTF-16 with a byte order mark."""
+        from lxml import etree
+
+        spaces = cast("dict[str, str]", {None: self.NAMESPACE})
+        task = etree.Element(f"{{{self.NAMESPACE}}}Task", {"version": "1.2"}, spaces)
+
+        def add(path: str, text: str, **attributes: str) -> None:
+            """An element, and the elements around it where they are not there."""
+            element = task
+            for name in path.split("/"):
+                tag = f"{{{self.NAMESPACE}}}{name}"
+                inner = element.find(tag)
+                element = etree.SubElement(element, tag) if inner is None else inner
+            element.text = text or None
+            for name, value in attributes.items():
+                element.set(name, value)
+
+        program, *arguments = self.words()
+        add("RegistrationInfo/Description", self.description)
+        add("Triggers/CalendarTrigger/StartBoundary", self.first())
+        add("Triggers/CalendarTrigger/ScheduleByDay/DaysInterval", "1")
+        add("Principals/Principal", "", id="Author")
+        add("Principals/Principal/UserId", self.user())
+        add("Principals/Principal/LogonType", "Password")  # for a gMSA, too: Windows knows its own
+        add("Principals/Principal/RunLevel", "LeastPrivilege")
+        add("Settings/MultipleInstancesPolicy", "IgnoreNew")
+        add("Settings/DisallowStartIfOnBatteries", "false")
+        add("Settings/StopIfGoingOnBatteries", "false")
+        add("Settings/StartWhenAvailable", "true")
+        add("Settings/ExecutionTimeLimit", f"PT{HOURS}H")
+        add("Actions", "", Context="Author")
+        add("Actions/Exec/Command", program)
+        add("Actions/Exec/Arguments", subprocess.list2cmdline(arguments))
+        add("Actions/Exec/WorkingDirectory", str(self.home))
+        text = etree.tostring(task, encoding="UTF-16", xml_declaration=True, pretty_print=True)
+        return cast("bytes", text)
+
+    def first(self) -> str:
+        """The next time that it is that late; else today's start would count as missed."""
+        now = datetime.datetime.now()
+        hour, minute = map(int, self.options.at.split(":"))
+        start = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        return (start if start > now else start + datetime.timedelta(days=1)).isoformat()
+
+    def exists(self) -> bool:
+        return self.called("schtasks", "/Query", "/TN", self.name) is not None
+
+    def install(self) -> None:
+        import tempfile
+
+        if not self.options.gmsa and not (sys.stdin and sys.stdin.isatty()):
+            raise ConfigError(
+                "Windows asks for the password of the account, but this is not a terminal",
+                "run this in a Command Prompt, or use --gmsa",
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "task.xml")
+            path.write_bytes(self.xml())
+            password = "" if self.options.gmsa else "*"
+            self.must(
+                "schtasks", "/Create", "/TN", self.name, "/XML", str(path), "/F",
+                "/RU", self.user(), "/RP", password, show=not self.options.gmsa,
+            )  # fmt: skip
+
+    def remove(self) -> None:
+        self.must("schtasks", "/Delete", "/TN", self.name, "/F")
+
+    def state(self) -> ScheduleState:
+        # Without headings: Windows translates them, the order stays.
+        out = self.must("schtasks", "/Query", "/TN", self.name, "/V", "/FO", "CSV", "/NH")
+        rows = [row for row in csv.reader(out.splitlines()) if len(row) > 6]
+        if not rows:
+            return ScheduleState(self.shown, self.job, "", "", None, "unknown")
+        row, number = rows[0], re.fullmatch(r"\s*(-?[0-9]+)\s*", rows[0][6])
+        result = int(number[1]) & 0xFFFFFFFF if number else None
+        never = result in (0x41300, 0x41303)
+        return self.state_of(row[2], "" if never else row[5], result)
+
+    def state_of(self, next_run: str, last_run: str, result: int | None) -> ScheduleState:
+        meaning = "unknown" if result is None else EXIT_MEANINGS.get(result, "unknown")
+        return ScheduleState(self.shown, self.job, next_run, last_run, result, meaning)
+
+
+# ------------------------------------ scheduling on Linux: SystemdTimer
+#
+# Given: a Schedule.
+# Gives: a systemd timer and its service, or a file for cron.
+# Raises: as Schedule does.
+
+SYSTEMD_DIRECTORY = Path("/etc/systemd/system")
+CRON_DIRECTORY = Path("/etc/cron.d")
+
+
+class LinuxSchedule(Schedule):
+    """What the schedulers of Linux have in common: files of root that name a user."""
+
+    def paths(self) -> list[Path]:
+        """The files that make it."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        super().check()
+        if self.options.gmsa:
+            raise ConfigError("--gmsa: only Windows has such accounts", "--user NAME")
+        import pwd
+
+        try:
+            pwd.getpwnam(self.user())
+        except KeyError:
+            raise ConfigError(
+                f"there is no user {one_line(self.user())} on this machine",
+                f"create it: sudo useradd --system --shell /usr/sbin/nologin {self.user()}"
+                if re.fullmatch(r"[a-z_][a-z0-9_-]*", self.user())
+                else "--user NAME",
+            ) from None
+
+    def user(self) -> str:
+        """The owner of what the runs write."""
+        history = self.home / "history"
+        if self.options.user or not history.is_dir():
+            return self.options.user or getpass.getuser()
+        try:
+            return history.owner()
+        except KeyError:  # an account that has been deleted
+            return getpass.getuser()
+
+    def exists(self) -> bool:
+        return any(path.exists() for path in self.paths())
+
+    def write(self, path: Path, text: str) -> None:
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(
+                f"{path.parent}: may not be written to",
+                f"run it as root:\nsudo {command_line([*PROGRAM, *self.options.arguments])}",
+            )
+        with new_file(path) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        path.chmod(0o644)
+
+    def delete(self) -> None:
+        for path in self.paths():
+            with local_errors(path):
+                path.unlink(missing_ok=True)
+
+
+class SystemdTimer(LinuxSchedule):
+    """A timer and its service.  Source: systemd.timer(5), systemd.service(5)."""
+
+    def __init__(self, options: ScheduleOptions, job: str) -> None:
+        super().__init__(options, job)
+        self.shown = f"{self.name}.timer"
+
+    def paths(self) -> list[Path]:
+        return [SYSTEMD_DIRECTORY / f"{self.name}.{kind}" for kind in ("timer", "service")]
+
+    def text(self) -> str:
+        return "\n".join(
+            f"# {path}\n{text}" for path, text in zip(self.paths(), self.units(), strict=True)
+        )
+
+    def units(self) -> tuple[str, str]:
+        """The timer and the service."""
+        described = self.description.replace("%", "%%")
+        timer = (
+            f"[Unit]\nDescription={described}\n\n"
+            f"[Timer]\nOnCalendar=*-*-* {self.options.at}:00\nPersistent=true\n\n"
+            "[Install]\nWantedBy=timers.target\n"
+        )
+        folder = str(self.home).replace("%", "%%")
+        service = (
+            f"[Unit]\nDescription={described}\n"
+            "Wants=network-online.target\nAfter=network-online.target\n\n"
+            f"[Service]\nType=oneshot\nUser={self.user()}\nWorkingDirectory={folder}\n"
+            f"ExecStart={' '.join(map(self.quoted, self.words()))}\n"
+            f"TimeoutStartSec={HOURS}h\nUMask=0077\nNoNewPrivileges=true\n"
+        )
+        return timer, service
+
+    @staticmethod
+    def quoted(word: str) -> str:
+        """A word of ExecStart.  Source: systemd.service(5), "COMMAND LINES"."""
+        word = word.replace("%", "%%").replace("$", "$$")
+        if re.fullmatch(r"[\w%$@+=:,./-]+", word):
+            return word
+        return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    def install(self) -> None:
+        for path, text in zip(self.paths(), self.units(), strict=True):
+            self.write(path, text)
+        self.must("systemctl", "daemon-reload")
+        self.must("systemctl", "enable", "--now", f"{self.name}.timer")
+        self.must("systemctl", "restart", f"{self.name}.timer")  # with another time
+
+    def remove(self) -> None:
+        self.must("systemctl", "disable", "--now", f"{self.name}.timer")
+        self.delete()
+        self.must("systemctl", "daemon-reload")
+
+    def state(self) -> ScheduleState:
+        timer = self.properties("timer", "NextElapseUSecRealtime", "LastTriggerUSec")
+        service = self.properties("service", "ExecMainStatus", "ActiveState", "Result")
+        last = timer.get("LastTriggerUSec", "")
+        next_run = timer.get("NextElapseUSecRealtime", "")
+        if service.get("ActiveState") in ("activating", "active"):
+            meaning, result = "running now", None
+        elif not last or last == "n/a":
+            meaning, result, last = "has not run yet", None, ""
+        else:
+            result = int(service.get("ExecMainStatus") or 0)
+            meaning = EXIT_MEANINGS.get(result, "unknown")
+            if service.get("Result") not in ("success", "exit-code"):
+                meaning = f"ended by systemd ({service.get('Result', 'unknown')})"
+        return ScheduleState(self.shown, self.job, next_run, last, result, meaning)
+
+    def properties(self, kind: str, *names: str) -> dict[str, str]:
+        wanted = f"--property={','.join(names)}"
+        out = self.must("systemctl", "show", f"{self.name}.{kind}", wanted)
+        pairs = (line.split("=", 1) for line in out.splitlines() if "=" in line)
+        return {name: one_line(value) for name, value in pairs}
+
+
+class CronLine(LinuxSchedule):
+    """A file in /etc/cron.d.  Source: crontab(5)."""
+
+    def __init__(self, options: ScheduleOptions, job: str) -> None:
+        super().__init__(options, job)
+        self.shown = str(self.paths()[0])
+
+    def paths(self) -> list[Path]:
+        return [CRON_DIRECTORY / self.name]
+
+    def text(self) -> str:
+        hour, minute = map(int, self.options.at.split(":"))
+        log_file = self.home / "history" / "cron.log"
+        command = f"{shlex.join(self.words())} >>{shlex.quote(str(log_file))} 2>&1"
+        escaped = command.replace("%", "\\%")  # which cron would make a line end
+        return f"# {self.description}\n{minute} {hour} * * * {self.user()} {escaped}\n"
+
+    def install(self) -> None:
+        self.write(self.paths()[0], self.text())
+
+    def remove(self) -> None:
+        self.delete()
+
+    def state(self) -> ScheduleState:
+        """When cron runs it next; how the last run ended is in history."""
+        path = self.paths()[0]
+        with local_errors(path):
+            text = path.read_text(encoding="utf-8", errors="replace")
+        line = re.search(r"(?m)^([0-9]{1,2}) ([0-9]{1,2}) \* \* \* ", text)
+        at = f"{int(line[2]):02}:{int(line[1]):02}" if line else ""
+        history = self.home / "history" / ("" if self.job == "sync" else self.job)
+        last = next(iter(runs(history)), None) if history.is_dir() else None
+        if not last:
+            return ScheduleState(self.shown, self.job, at, "", None, "has not run yet")
+        result = last.summary.exit_code if last.summary else None
+        meaning = "unknown" if result is None else EXIT_MEANINGS.get(result, "unknown")
+        return ScheduleState(self.shown, self.job, at, last.epoch, result, meaning)
+
+
+# ------------------------------------ command: schedule
+#
+# Given: a time of day, a job, an account.
+# Gives: a scheduled task (Windows), a systemd timer, or a cron line; what is scheduled already.
+# Raises: ConfigError; Error where the system's scheduler refuses.
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScheduleOptions(Options):
+    at: str = ""
+    job: str = ""
+    user: str = ""
+    gmsa: str = ""
+    cron: bool = False
+    install: bool = False
+    remove: bool = False
+
+
+def schedule_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("--at", metavar="HH:MM", help="when, every day, by this machine's clock")
+    add("--job", choices=("sync", "schoolinks"), help="which job (default: sync)")
+    account = parser.add_mutually_exclusive_group()
+    account.add_argument(
+        "--user", metavar="NAME",
+        help="the account that runs it: DOMAIN\\name on Windows (default: you), on Linux a user "
+        "(default: the owner of history, else you)",
+    )  # fmt: skip
+    account.add_argument(
+        "--gmsa", metavar="NAME",
+        help="on Windows, a group managed service account, DOMAIN\\name$: it needs no password",
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--install", action="store_true", help="make it, instead of printing it")
+    what.add_argument("--remove", action="store_true", help="remove it")
+    add("--cron", action="store_true", help="on Linux, a line for cron instead of a systemd timer")
+    parser.set_defaults(run=run_schedule, kind=ScheduleOptions)
+    return parser
+
+
+def run_schedule(options: ScheduleOptions) -> int:
+    """Print, make, or remove the schedule of a job; without --at, tell what there is."""
+    kinds: list[type[Schedule]] = [WindowsTask] if os.name == "nt" else [SystemdTimer, CronLine]
+    if options.at:
+        kind = kinds[-1] if options.cron else kinds[0]
+        schedule = kind(options, options.job or "sync")
+        schedule.check()
+        if options.install:
+            schedule.install()
+            log.info("%s: made; %s", schedule.shown, schedule.when())
+        else:
+            print(schedule.text(), end="")
+        return 0
+    if options.install:
+        raise ConfigError("--install needs the time of day", "--at 04:30")
+    jobs = [options.job] if options.job else ["sync", "schoolinks"]
+    if options.remove:
+        there = [s for s in (kind(options, options.job or "sync") for kind in kinds) if s.exists()]
+        for schedule in there:
+            schedule.remove()
+            log.info("%s: removed", schedule.shown)
+        if not there:
+            log.info("nothing is scheduled for %s", options.job or "sync")
+        return 0
+    found = [s.state() for job in jobs for s in (k(options, job) for k in kinds) if s.exists()]
+    if options.json:
+        print_json([dataclasses.asdict(state) for state in found])
+    else:
+        for state in found:
+            print(printable(str(state)))
+        if not found:
+            print(f"nothing is scheduled for {' or '.join(jobs)}")
+    return 0
 
 
 # ------------------------------------ command: history
@@ -9526,6 +10138,17 @@ store.  For example:
 Changes nothing.  Exits with the code of the first failure.  For example:
   sgsync.py check
   sgsync.py check --job schoolinks --json""",
+    ),
+    "schedule": (
+        schedule_arguments,
+        "run a job every night",
+        """Print the scheduled task, the systemd timer, or the cron line that runs a job every day.
+
+Changes nothing without --install or --remove.  Without --at, tells what is scheduled, when it
+runs next, and how it ended last.  For example:
+  sgsync.py schedule
+  sgsync.py schedule --at 04:30
+  sgsync.py schedule --at 04:30 --user DISTRICT\\sgsync --install""",
     ),
     "trust": (
         trust_arguments,

@@ -349,7 +349,7 @@ def test_apply_stops_beyond_max_failures(home: homes.Home) -> None:
     reason = REASON[home.database.kind].format("1003")
     assert message.startswith(
         f"stopped: more than maxFailures=1 rows failed; the last one: insert of {key(ROWS[3])}: "
-        f"{name}: {reason}"
+        f"{'SQL: ' if name == 'SQL' else ''}{reason}"
     )
     assert message.endswith(
         f"\nTry: look at {home.run / 'failures.csv'}; the rows already written stay, and the next "

@@ -609,6 +609,19 @@ def test_csv_writer_writes_rfc_4180_that_reads_back(path: Path, rows: list[list[
     assert [list(row) for _, row in read(path)[1]] == rows
 
 
+@settings(max_examples=300)
+@given(
+    rows=st.integers(2, 4).flatmap(
+        lambda width: st.lists(st.lists(fields, min_size=width, max_size=width), max_size=5)
+    )
+)
+def test_encode_rows_writes_what_csv_writer_writes(rows: list[list[str]]) -> None:
+    canonical = ["\0".join(row).encode().replace(b"\n", b"\xff") for row in rows]
+    expected = io.StringIO(newline="")
+    csv.writer(expected).writerows(rows)
+    assert sgsync.encode_rows(canonical) == expected.getvalue().encode()
+
+
 def lines_of(rows: list[list[str]]) -> list[int]:
     """The line on which the header and each row begins."""
     lines = [1, 2]

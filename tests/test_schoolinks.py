@@ -1050,6 +1050,7 @@ SOME_STUDENT = st.fixed_dictionaries(
                 }
             ),
             max_size=6,
+            unique_by=lambda day: (day["calendardate"], day["fteid"]),
         ),
     }
 )  # fmt: skip
