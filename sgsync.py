@@ -29,8 +29,8 @@ section, callees stand above callers.  Start reading at `Sync` or at `run_school
     CONFIGURATION  config.xml as typed objects.
                    Parse, SqlDiff, XmlSource, load_config, load_environment
     FORMATS        The files that runs read, compare and leave behind.
-                   to_text, CsvFile, Key, OrderedRows, Comparison, RunSummary,
-                   Manifest, Run, KeySearch
+                   to_text, Block, CsvFile, Key, OrderedRows, Comparison,
+                   RunSummary, Manifest, Run, KeySearch
     CONNECTIONS    Servers and databases; every operation is bounded in time.
                    HostKeys, SftpRequests, Sftp, DriverMessage, Database,
                    write_query, SqlScript, Catalog, Oracle,
@@ -1759,7 +1759,7 @@ def to_text(value: object, date_format: str | None = None) -> str:
     return str(value)
 
 
-# ------------------------------------ CSV: CsvFile
+# ------------------------------------ canonical rows: Block
 #
 # Given a path; gives the header and the rows in blocks; raises DataError with file and line.
 #
@@ -1827,6 +1827,12 @@ def encode_rows(rows: Sequence[bytes]) -> bytes:
             quoted = iter(b"\0".join(fields).split(b"\0\n\0"))
             rows = [next(quoted) if mark in row else row for row in rows]
     return b"\r\n".join([*rows, b""]).translate(_FROM_CANONICAL)
+
+
+# ------------------------------------ CSV: CsvFile
+# Given: the path of a CSV file.
+# Gives: its header, and its rows in blocks of canonical rows; a file written as RFC 4180 has it.
+# Raises: DataError with file and line.
 
 
 class CsvFile:
