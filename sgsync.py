@@ -1773,16 +1773,9 @@ csv.field_size_limit(CSV_LIMIT)
 
 LINE_BREAK = b"\xff"
 _QUOTE = ord('"')  # `number in bytes` is ten times as fast as `bytes in bytes`.
-_BOM = b"\xef\xbb\xbf"
-_NOT_STRUCTURE = bytes(set(range(256)) - set(b',"\r\n'))
-_NOT_CANONICAL = bytes(set(range(256)) - set(b"\0\n"))
 _TO_CANONICAL = bytes.maketrans(b",", b"\0")
 _FROM_CANONICAL = bytes.maketrans(b"\0" + LINE_BREAK, b",\n")
 _REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
-# Begins with the quote itself: so the search leaps from quote to quote.
-_LOOSE_QUOTE = re.compile(rb'"(?:(?<=[^,\r\n"]")|(?=([^,\r\n"])))')
-_LONE_RETURN = re.compile(rb"\r(?!\n)")
-_BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1833,6 +1826,14 @@ def encode_rows(rows: Sequence[bytes]) -> bytes:
 # Given: the path of a CSV file.
 # Gives: its header, and its rows in blocks of canonical rows; a file written as RFC 4180 has it.
 # Raises: DataError with file and line.
+
+_BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
+_BOM = b"\xef\xbb\xbf"
+_LONE_RETURN = re.compile(rb"\r(?!\n)")
+# Begins with the quote itself: so the search leaps from quote to quote.
+_LOOSE_QUOTE = re.compile(rb'"(?:(?<=[^,\r\n"]")|(?=([^,\r\n"])))')
+_NOT_CANONICAL = bytes(set(range(256)) - set(b"\0\n"))
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b',"\r\n'))
 
 
 class CsvFile:
@@ -4767,7 +4768,6 @@ class Database:
 # Given: an open database and a query.
 # Gives: its rows in a CSV file.
 # Raises: DatabaseError, Error where the disk fails.
-
 
 _SPELLINGS: dict[type | None, Callable[[Any], str]] = {  # quick ones, for the most common types
     str: str,
