@@ -2843,16 +2843,16 @@ class Database:
     def _blocks(
         self, subject: str, cursor: pyodbc.Cursor, each: Callable[[Sequence[Sequence[object]]], T]
     ) -> Iterator[T]:
+        blocks: Iterator[Any] = iter(lambda: cursor.fetchmany(FETCH_ROWS), [])
+
         def fetch() -> list[T]:
-            blocks: Iterator[Any] = iter(lambda: cursor.fetchmany(FETCH_ROWS), [])
             return [each(rows) for rows in itertools.islice(blocks, FETCHES)]
 
-        made = self._run(subject, fetch)
-        while len(made) == FETCHES:
-            ahead = self._submit(fetch)  # while the caller works on the last ones
+        # One more than it works on, so that the thread need not wait for its next order.
+        ahead = collections.deque([self._submit(fetch), self._submit(fetch)])
+        while made := self._result(subject, ahead.popleft()):
+            ahead.append(self._submit(fetch))
             yield from made
-            made = self._result(subject, ahead)
-        yield from made
 
     def drain(self, subject: str) -> None:
         """Read on to the end: an error after the first result shows only there."""
