@@ -4458,9 +4458,14 @@ def _changes(
     our_keys: list[Any], ours: list[bytes], their_keys: list[Any], theirs: list[bytes], width: int
 ) -> list[bytes]:
     """The changes between rows of which each side has all that lie between the same two keys."""
-    update, insert = itertools.repeat(b"update"), b"insert\0" + b"\0" * width
+    nothing = b"\0" * (width - 1)
+    insert, delete, tail = b"insert\0%b\0" % nothing, b"delete\0", b"\0" + nothing
+    if not their_keys:
+        return [insert + after for after in ours]
+    if not our_keys:
+        return [delete + before + tail for before in theirs]
     if our_keys == their_keys:
-        changes = zip(update, theirs, ours, strict=False)
+        changes = zip(itertools.repeat(b"update"), theirs, ours)
         return list(map(b"\0".join, itertools.compress(changes, map(operator.ne, theirs, ours))))
     rest = dict(zip(their_keys, theirs, strict=True))
     befores = list(map(rest.pop, our_keys, itertools.repeat(None)))
@@ -4470,12 +4475,10 @@ def _changes(
         for before, after in itertools.compress(zip(befores, ours, strict=True), differ)
     ]
     if rest:  # the rows that only the target has
-        deletes = [b"delete\0%b\0" % before + b"\0" * (width - 1) for before in rest.values()]
-        if not found:
-            return deletes
+        found += [delete + before + tail for before in rest.values()]
         keys = [*itertools.compress(our_keys, differ), *rest]
-        by_key = sorted(zip(keys, found + deletes, strict=True), key=operator.itemgetter(0))
-        found = [change for _, change in by_key]
+        in_order = sorted(zip(keys, found, strict=True), key=operator.itemgetter(0))
+        found = [change for _, change in in_order]
     return found
 
 
