@@ -38,7 +38,7 @@ section, callees stand above callers.  Start reading at `Sync` or at `run_school
     STAGES         The steps of a run, each given connections and its part of the configuration.
                    download, export, FormatDifferences, diff, over_limits, apply,
                    run_statements, push, StudentFiles, UploadGuard, REPORT,
-                   write_report, write_metrics
+                   write_report, send_notices, write_metrics
     COMMANDS       One section a command: its arguments and its run; only they connect stages.
                    Options, open_run, sync, schoolinks, diff, trust, procedures,
                    secret, JobChecks, SyncChecks, SchooLinksChecks, check,
@@ -93,6 +93,8 @@ import subprocess
 import threading
 import time
 import typing
+import urllib.error
+import urllib.request
 import webbrowser
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -1773,9 +1775,7 @@ csv.field_size_limit(CSV_LIMIT)
 
 LINE_BREAK = b"\xff"
 _QUOTE = ord('"')  # `number in bytes` is ten times as fast as `bytes in bytes`.
-_TO_CANONICAL = bytes.maketrans(b",", b"\0")
 _FROM_CANONICAL = bytes.maketrans(b"\0" + LINE_BREAK, b",\n")
-_REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1827,6 +1827,8 @@ def encode_rows(rows: Sequence[bytes]) -> bytes:
 # Gives: its header, and its rows in blocks of canonical rows; a file written as RFC 4180 has it.
 # Raises: DataError with file and line.
 
+_TO_CANONICAL = bytes.maketrans(b",", b"\0")
+_REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
 _BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
 _BOM = b"\xef\xbb\xbf"
 _LONE_RETURN = re.compile(rb"\r(?!\n)")
@@ -2982,6 +2984,7 @@ class Run:
     def __init__(self, history: Path, command: str, arguments: Sequence[str]) -> None:
         self.history, self.folder = history, self._new_folder(history)
         self.settings: History | None = None
+        self.notices: Sequence[Notice] = ()
         self.report: Callable[[Run, Sequence[KeptRun]], None] | None = None
         self._began = time.monotonic()
         self.summary = RunSummary(
@@ -4555,16 +4558,16 @@ class Database:
     def _blocks(
         self, subject: str, cursor: pyodbc.Cursor, each: Callable[[Sequence[Sequence[object]]], T]
     ) -> Iterator[T]:
+        blocks: Iterator[Any] = iter(lambda: cursor.fetchmany(FETCH_ROWS), [])
+
         def fetch() -> list[T]:
-            blocks: Iterator[Any] = iter(lambda: cursor.fetchmany(FETCH_ROWS), [])
             return [each(rows) for rows in itertools.islice(blocks, FETCHES)]
 
-        made = self._run(subject, fetch)
-        while len(made) == FETCHES:
-            ahead = self._submit(fetch)  # while the caller works on the last ones
+        # One more than it works on, so that the thread need not wait for its next order.
+        ahead = collections.deque([self._submit(fetch), self._submit(fetch)])
+        while made := self._result(subject, ahead.popleft()):
+            ahead.append(self._submit(fetch))
             yield from made
-            made = self._result(subject, ahead)
-        yield from made
 
     def drain(self, subject: str) -> None:
         """Read on to the end: an error after the first result shows only there."""
@@ -5867,9 +5870,14 @@ def _changes(
     our_keys: list[Any], ours: list[bytes], their_keys: list[Any], theirs: list[bytes], width: int
 ) -> list[bytes]:
     """The changes between rows of which each side has all that lie between the same two keys."""
-    update, insert = itertools.repeat(b"update"), b"insert\0" + b"\0" * width
+    nothing = b"\0" * (width - 1)
+    insert, delete, tail = b"insert\0%b\0" % nothing, b"delete\0", b"\0" + nothing
+    if not their_keys:
+        return [insert + after for after in ours]
+    if not our_keys:
+        return [delete + before + tail for before in theirs]
     if our_keys == their_keys:
-        changes = zip(update, theirs, ours, strict=False)
+        changes = zip(itertools.repeat(b"update"), theirs, ours)
         return list(map(b"\0".join, itertools.compress(changes, map(operator.ne, theirs, ours))))
     rest = dict(zip(their_keys, theirs, strict=True))
     befores = list(map(rest.pop, our_keys, itertools.repeat(None)))
@@ -5879,12 +5887,10 @@ def _changes(
         for before, after in itertools.compress(zip(befores, ours, strict=True), differ)
     ]
     if rest:  # the rows that only the target has
-        deletes = [b"delete\0%b\0" % before + b"\0" * (width - 1) for before in rest.values()]
-        if not found:
-            return deletes
+        found += [delete + before + tail for before in rest.values()]
         keys = [*itertools.compress(our_keys, differ), *rest]
-        by_key = sorted(zip(keys, found + deletes, strict=True), key=operator.itemgetter(0))
-        found = [change for _, change in by_key]
+        in_order = sorted(zip(keys, found, strict=True), key=operator.itemgetter(0))
+        found = [change for _, change in in_order]
     return found
 
 
@@ -7229,6 +7235,116 @@ def write_report(run: Run, earlier: Sequence[KeptRun]) -> None:
     Report(run.summary, run.folder, earlier, keys=keys).write()
 
 
+# ------------------------------------ stage: send_notices
+# Given: what a run tells of itself, and the <Notify> elements.
+# Gives: a ping for a dead man's switch, and a message for people, without keys or values of rows.
+# Raises: nothing; what cannot be sent is logged.
+
+NOTICE_SECONDS = 30.0  # for all notices of a run
+EXIT_WORDS = {
+    0: "success",
+    1: "unexpected error, or this computer's disk",
+    ConfigError.exit_code: "configuration or usage",
+    TransferError.exit_code: "SFTP transfer",
+    DatabaseError.exit_code: "database",
+    DataError.exit_code: "data: a CSV file that cannot be compared",
+    HeldError.exit_code: "held by a limit",
+    BusyError.exit_code: "another run is active",
+    ROWS_FAILED: "finished, but some rows failed or did not converge",
+    InterruptError.exit_code: "interrupted",
+}
+
+
+def ping_start(notices: Iterable[Notice]) -> None:
+    """Tell the dead man's switches that a run begins (healthchecks.io, "Signaling failures")."""
+    pings = [f"{notice.ping.rstrip('/')}/start" for notice in notices if notice.ping]
+    _within_time([functools.partial(_ping, ping, "") for ping in pings])
+
+
+def send_notices(notices: Iterable[Notice], summary: RunSummary, folder: Path) -> None:
+    """Ping the dead man's switches whatever the outcome; send the messages that are wanted."""
+    code = summary.exit_code or 0
+    wanted = {"always", *(["failure"] if code else []), summary.outcome}
+    body = notice_text(summary, folder)
+    title = f"sgsync {summary.command}: {summary.outcome} on {summary.computer}"
+    work: list[Callable[[], None]] = []
+    for notice in notices:
+        if notice.ping:
+            work.append(functools.partial(_ping, f"{notice.ping.rstrip('/')}/{code}", body))
+        if notice.url and notice.on in wanted:
+            work.append(functools.partial(_send_message, notice.url, title, body))
+    _within_time(work)
+
+
+def notice_text(summary: RunSummary, folder: Path) -> str:
+    """The message: outcome, counts, reason and remedy.
+
+    The reason of an error that may quote a row is left in the log.
+    """
+    code = summary.exit_code or 0
+    lines = [f"{summary.outcome} (exit code {code}: {EXIT_WORDS.get(code, 'unknown')})"]
+    if summary.over_limits:
+        lines += [sentence.partition("; they begin with ")[0] for sentence in summary.over_limits]
+    elif code in (ConfigError.exit_code, TransferError.exit_code, BusyError.exit_code):
+        lines.append(summary.message)
+    elif code:
+        lines.append(f"The reason is at the end of {folder / LOG_NAME}.")
+    for file in summary.files:
+        tallies = ((operation, file.tally(operation)) for operation in OPERATIONS)
+        counts = [
+            f"{operation} {tally.applied:,} of {tally.found:,}, {tally.failed:,} failed"
+            for operation, tally in tallies
+            if tally.found
+        ]
+        lines.append(f"{file.file}: {'; '.join(counts) or 'no changes'}")
+    lines += [f"{section.file}: {plural(section.rows, 'row')}" for section in summary.sections]
+    if summary.remedy and code != DataError.exit_code:
+        lines.append(f"Try: {summary.remedy}")
+    lines.append(f"{summary.computer}: {folder}")
+    return redact("\n".join(lines))
+
+
+def _within_time(work: Sequence[Callable[[], None]]) -> None:
+    if not work:
+        return
+    worker = Worker("notices")
+    futures = [worker.submit(each) for each in work]
+    worker.end()
+    wait(futures, NOTICE_SECONDS)
+    for future in futures:
+        if not future.done():
+            log.warning("a notice could not be sent within %.0f s", NOTICE_SECONDS)
+        elif error := future.exception():
+            log.warning("a notice could not be sent: %s", one_line(error))
+
+
+def _ping(url: str, body: str) -> None:
+    request = urllib.request.Request(url, body.encode("utf-8"))  # noqa: S310
+    try:
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
+    except urllib.error.HTTPError as error:  # whose text may have the URL
+        raise TransferError(f"the ping was refused: {error.code} {error.reason}") from None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise TransferError(f"the ping failed: {one_line(reason)}") from None
+
+
+def _send_message(url: str, title: str, body: str) -> None:
+    try:
+        import apprise
+    except ImportError:
+        words = [sys.executable, "-m", "pip", "install", "apprise"]
+        raise ConfigError(
+            f"url= in <Notify> needs the package apprise; install it: {command_line(words)}"
+        ) from None
+    logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)  # It logs addresses.
+    sender = apprise.Apprise()
+    if not sender.add(url):
+        raise ConfigError("url= in <Notify> is not an address that apprise knows")
+    if not sender.notify(title=title, body=body, body_format=apprise.NotifyFormat.TEXT):
+        raise TransferError("the server did not take the message")
+
+
 # ------------------------------------ stage: write_metrics
 #
 # Given a run that is over, and the newest one of the other job; gives a file in the OpenMetrics
@@ -7496,6 +7612,7 @@ def open_run(options: Options) -> Iterator[Run]:
         if run.settings and run.settings.metrics:
             path = options.home / run.settings.metrics
             run.attempt(str(path), lambda: write_metrics(path, options.home, run))
+        send_notices(run.notices, run.summary, run.folder)
         show_outcome(run, options, trace)
         log.removeHandler(handler)
         JsonFormatter.run = ""
@@ -7619,28 +7736,35 @@ def warn_of_readable(config: Config, *paths: Path) -> None:
                 )  # fmt: skip
 
 
-def paused(run: Run, config: Config) -> bool:
-    """Whether a <Pause> covers today; the run then says so, and is done."""
-    today = datetime.date.today()
-    pause = next((pause for pause in config.pauses if pause.covers(today)), None)
-    if pause:
-        why = f" ({one_line(pause.why)})" if pause.why else ""
-        run.conclude(
-            "paused", 0,
-            f"nothing was done: config.xml has a <Pause> from {pause.from_} to {pause.to}{why}",
-            "to run all the same, use --dry-run, or --force, which skips the limits, too",
-        )  # fmt: skip
-    return pause is not None
+def use_config(run: Run, config: Config, options: SyncOptions | SchooLinksOptions) -> None:
+    """Let the run tell of itself as config.xml wants it; a dry run is told to nobody else."""
+    keep_secret(config.secrets)
+    run.settings = config.history
+    run.notices = () if options.dry_run else config.notices
 
 
-def warn_of_killed(run: Run) -> None:
-    """Tell of a last run that came to no end; the lock shows that it is not under way."""
+def started(run: Run, config: Config, options: SyncOptions | SchooLinksOptions) -> bool:
+    """Whether the run has anything to do: not in a <Pause>; told is a last run that was killed."""
     last = next(iter(run.earlier()), None)
     if last and last.summary and last.summary.outcome == "running":
         log.warning(
             "the last run, %s, did not finish: it was killed, or the computer went down; this run "
             "continues from there", last.epoch,
         )  # fmt: skip
+        killed = dataclasses.replace(last.summary, outcome="killed", exit_code=1)
+        send_notices(run.notices, killed, last.folder)
+    today = datetime.date.today()
+    pause = next((pause for pause in config.pauses if pause.covers(today)), None)
+    if pause and not (options.dry_run or options.force):
+        why = f" ({one_line(pause.why)})" if pause.why else ""
+        run.conclude(
+            "paused", 0,
+            f"nothing was done: config.xml has a <Pause> from {pause.from_} to {pause.to}{why}",
+            "to run all the same, use --dry-run, or --force, which skips the limits, too",
+        )  # fmt: skip
+        return False
+    ping_start(run.notices)
+    return True
 
 
 # ------------------------------------ command: sync
@@ -7676,18 +7800,20 @@ def sync_arguments() -> Parser:
 
 def run_sync(options: SyncOptions) -> int:
     """The nightly integration; the steps are those of the README."""
-    with open_run(options) as run, only_run(run, "sync"):
-        warn_of_killed(run)
+    with open_run(options) as run:
         config = load_config(options.config, SyncConfig)
-        run.settings = config.history
-        keep_secret(config.secrets)
-        warn_of_readable(config, options.home / config.sftp.private_key)
-        if not (options.dry_run or options.force) and paused(run, config):
-            return 0
-        with Display(options.terminal, run) as display, Sftp(config.sftp, options.home) as sftp, \
-                Database(config.database) as database:  # fmt: skip
-            Sync(options, run, config, display).work(sftp, database)
+        use_config(run, config, options)
+        with only_run(run, "sync"):
+            if started(run, config, options):
+                sync(options, run, config)
     return cast("int", run.summary.exit_code)
+
+
+def sync(options: SyncOptions, run: Run, config: SyncConfig) -> None:
+    warn_of_readable(config, options.home / config.sftp.private_key)
+    with Display(options.terminal, run) as display, Sftp(config.sftp, options.home) as sftp, \
+            Database(config.database) as database:  # fmt: skip
+        Sync(options, run, config, display).work(sftp, database)
 
 
 class Sync:
@@ -7977,45 +8103,50 @@ def schoolinks_arguments() -> Parser:
 
 def run_schoolinks(options: SchooLinksOptions) -> int:
     """The nightly files for SchooLinks: query, build, check all of them, then upload."""
-    with open_run(options) as run, only_run(run, "schoolinks"):
+    with open_run(options) as run:
         config = load_config(options.config, SchooLinksConfig)
-        if not (options.dry_run or options.force) and paused(run, config):
-            return 0
-        run.settings = config.history
-        settings, today = config.schoolinks, datetime.date.today()
-        login, server = schoolinks_credentials(settings, options.home, upload=not options.dry_run)
-        warn_of_readable(config)
-        passwords = {login.password} | ({server.password, server.passphrase} if server else set())
-        keep_secret(config.secrets | passwords)
-
-        def query() -> list[Section]:
-            with Oracle(settings, login) as powerschool:
-                powerschool.connect()
-                if server:  # Loading it takes 0.1 s, so it is done while PowerSchool works.
-                    threading.Thread(target=importlib.import_module, args=["paramiko"]).start()
-                return StudentFiles(settings, today).build(powerschool)
-
-        with Display(options.terminal, run) as display:
-            with display.phase("PowerSchool"):
-                sections = retried(query)
-            for section in sections:
-                section.write(run.folder, settings.quoting)
-            files = [section.summary() for section in sections]
-            run.summary.sections = files
-            UploadGuard(settings, run.earlier(), today).check(sections, force=options.force)
-            message = ", ".join(f"{file.file}: {plural(file.rows, 'row')}" for file in files)
-            if server is None:
-                run.conclude("dry run", 0, f"{message}; nothing was uploaded")
-                return 0
-            directory = settings.test_directory if options.test else settings.directory
-            with display.phase("upload"), Sftp(server, options.home) as sftp:
-                kind: Literal["test", "live"] = "test" if options.test else "live"
-                upload_files(sftp, directory, run.folder, files, kind)
-            run.conclude("complete", 0, f"{message}; uploaded to {directory}")
-            run.complete()
-        if not options.test:  # else keepRuns="1" would delete what the next night is compared with
-            prune(run.history, config.history.keep_runs, run.folder)
+        use_config(run, config, options)
+        with only_run(run, "schoolinks"):
+            if started(run, config, options):
+                schoolinks(options, run, config)
     return cast("int", run.summary.exit_code)
+
+
+def schoolinks(options: SchooLinksOptions, run: Run, config: SchooLinksConfig) -> None:
+    """Query, build, check all files, then upload them."""
+    settings, today = config.schoolinks, datetime.date.today()
+    login, server = schoolinks_credentials(settings, options.home, upload=not options.dry_run)
+    warn_of_readable(config)
+    passwords = {login.password} | ({server.password, server.passphrase} if server else set())
+    keep_secret(passwords)
+
+    def query() -> list[Section]:
+        with Oracle(settings, login) as powerschool:
+            powerschool.connect()
+            if server:  # Loading it takes 0.1 s, so it is done while PowerSchool works.
+                threading.Thread(target=importlib.import_module, args=["paramiko"]).start()
+            return StudentFiles(settings, today).build(powerschool)
+
+    with Display(options.terminal, run) as display:
+        with display.phase("PowerSchool"):
+            sections = retried(query)
+        for section in sections:
+            section.write(run.folder, settings.quoting)
+        files = [section.summary() for section in sections]
+        run.summary.sections = files
+        UploadGuard(settings, run.earlier(), today).check(sections, force=options.force)
+        message = ", ".join(f"{file.file}: {plural(file.rows, 'row')}" for file in files)
+        if server is None:
+            run.conclude("dry run", 0, f"{message}; nothing was uploaded")
+            return
+        directory = settings.test_directory if options.test else settings.directory
+        with display.phase("upload"), Sftp(server, options.home) as sftp:
+            kind: Literal["test", "live"] = "test" if options.test else "live"
+            upload_files(sftp, directory, run.folder, files, kind)
+        run.conclude("complete", 0, f"{message}; uploaded to {directory}")
+        run.complete()
+    if not options.test:  # else keepRuns="1" would delete what the next night is compared with
+        prune(run.history, config.history.keep_runs, run.folder)
 
 
 # ------------------------------------ command: diff

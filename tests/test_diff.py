@@ -629,11 +629,11 @@ def test_format_differences_never_advise_a_format_that_strftime_cannot_write(
     assert advice(("04/09/2026", "2026-04-09 00:00:00.000")) == (
         f"{start}YYYY-MM-DD hh:mm:ss.000 instead of MM/DD/YYYY"
     )
-    assert advice(("04/09/2026", "2026-04-09 10:30:00".replace("10:30", "00:00"))) == (
+    assert advice(("04/09/2026", "2026-04-09 00:00:00")) == (
         f"{start}YYYY-MM-DD hh:mm:ss instead of MM/DD/YYYY (if the query returns a date type, "
         'dateFormat="%Y-%m-%d %H:%M:%S" does this)'
     )
-    assert advice(("04/9/2026", "4/09/2026")) == f"{start}SameGoal writes it".replace("as ", "as ")
+    assert advice(("04/9/2026", "4/09/2026")) == f"{start}SameGoal writes it"
 
 
 def test_format_differences_are_told_of_the_first_updates(files: tuple[Path, Path]) -> None:
