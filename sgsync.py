@@ -20,8 +20,30 @@ Exit codes: 0 success, 1 unexpected error, 2 configuration or usage, 3 SFTP tran
 5 data, 6 held by a limit, 7 another run is active, 8 finished but some rows failed,
 130 interrupted.
 
-The file reads in the order in which data flows, callees above callers; each section opens with a
-banner that names its entry point.  Start reading at `run_sync` or `run_schoolinks`.
+The file has six parts in one direction: nothing uses what is below its part.  Each section opens
+with a banner that names its entry point and tells what it is given, gives and raises.  Inside a
+section, callees stand above callers.  Start reading at `Sync` or at `run_schoolinks`.
+
+    BASE           Errors, text, secrets, waiting, files: what everything else uses.
+                   Error, redact, retried, new_file
+    CONFIGURATION  config.xml as typed objects.
+                   Parse, SqlDiff, XmlSource, load_config, load_environment
+    FORMATS        The files that runs read, compare and leave behind.
+                   to_text, Block, CsvFile, Key, OrderedRows, Comparison,
+                   RunSummary, Manifest, Run, KeySearch
+    CONNECTIONS    Servers and databases; every operation is bounded in time.
+                   HostKeys, SftpRequests, Sftp, DriverMessage, Database,
+                   write_query, SqlScript, Catalog, Oracle,
+                   schoolinks_credentials
+    STAGES         The steps of a run, each given connections and its part of the configuration.
+                   download, export, FormatDifferences, diff, over_limits, apply,
+                   run_statements, push, StudentFiles, UploadGuard, REPORT,
+                   write_report, send_notices, write_metrics
+    COMMANDS       One section a command: its arguments and its run; only they connect stages.
+                   Options, open_run, sync, schoolinks, diff, trust, procedures,
+                   secret, JobChecks, SyncChecks, SchooLinksChecks, check,
+                   Schedule, WindowsTask, SystemdTimer, schedule, history,
+                   report, main
 """
 
 from __future__ import annotations
@@ -49,6 +71,7 @@ import difflib
 import errno
 import functools
 import getpass
+import glob
 import hashlib
 import importlib
 import io
@@ -70,6 +93,9 @@ import subprocess
 import threading
 import time
 import typing
+import urllib.error
+import urllib.request
+import webbrowser
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
@@ -104,6 +130,8 @@ SUMMARY_NAME = "summary.json"
 FAILURES_NAME = "failures.csv"
 NOT_CONVERGED_NAME = "notconverged.csv"
 ENVIRONMENT_NAME = "sgsync.env"
+REPORT_NAME = "report.html"
+MANIFEST_NAME = "manifest.json"
 # Newer Pythons make of 0700 a Windows ACL that locks a service account out: there, see the README.
 OWNER_ONLY = 0o777 if os.name == "nt" else 0o700
 PART = ".part"  # A file under this suffix is not finished, whatever it holds.
@@ -135,7 +163,14 @@ Tick = Callable[[int], None]  # Tells the display how much more is done.
 T = TypeVar("T")
 
 
-# ---------------------------------------------------------------------- errors: class Error
+# ==================================== BASE
+# Errors, text, secrets, waiting, files: what everything else uses.
+
+
+# ------------------------------------ errors: Error
+# Given: what failed, where and why.
+# Gives: an exception with its exit code, outcome and remedy.
+# Raises: nothing.
 
 
 class Error(Exception):
@@ -232,7 +267,10 @@ class CancelledError(Error):
 ROWS_FAILED = 8  # the exit code of a run that finished, but not for every row
 
 
-# ---------------------------------------------------------------------- text and secrets: one_line
+# ------------------------------------ text and secrets: redact
+# Given: text from files, servers, drivers and the configuration.
+# Gives: text that can be shown: printable, on one line, without secrets.
+# Raises: nothing.
 
 
 def printable(text: str) -> str:
@@ -277,6 +315,15 @@ def command_line(words: Sequence[str]) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def own_command(*words: str) -> str:
+    """A command of sgsync as a person can type it; as whom, where that matters.
+
+    The job's account may have no shell, so on POSIX it is used through sudo.
+    """
+    account = ["sudo", "-u", getpass.getuser()] if os.name == "posix" and os.geteuid() else []
+    return command_line([*account, *PROGRAM, *words])
+
+
 def packages_remedy() -> str:
     """The command that installs the packages for this Python, whichever else there are."""
     requirements = str(SCRIPT.with_name("requirements.txt"))
@@ -318,12 +365,36 @@ class LogFormatter(logging.Formatter):
         return "\n    ".join(map(printable, lines))
 
 
+class JsonFormatter(LogFormatter):
+    """One JSON object a line, for a collector of logs; `run` is the epoch, where there is one."""
+
+    run = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).split("\n    ")
+        told = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "run": JsonFormatter.run,
+            "message": "\n".join(lines),
+        }
+        return json.dumps(told)
+
+
 def local_time(seconds: float) -> datetime.datetime:
     """A time by this machine's clock, with the zone's offset."""
     return datetime.datetime.fromtimestamp(seconds).astimezone()
 
 
-# ---------------------------------------------------------------------- retry and waiting: retried
+def default_home() -> Path:
+    """The folder of the script or of the frozen executable, never the working directory."""
+    return Path(sys.executable).resolve().parent if FROZEN else SCRIPT.parent
+
+
+# ------------------------------------ waiting: retried
+# Given: work that may block or fail for a while.
+# Gives: its result, after another try where that may help, within a time.
+# Raises: what the work raises; CancelledError.
 
 
 def retried(work: Callable[[], T], cancelled: threading.Event | None = None) -> T:
@@ -402,7 +473,116 @@ def finished(
             return False
 
 
-# ---------------------------------------------------------------------- configuration: Parse
+def together(first: Callable[[], T], second: Callable[[], object], cancel: Callable[[], None]) -> T:
+    """Do both at the same time; if one fails, `cancel` makes the other one stop.
+
+    Returns what `first` returns, when both have ended.  Raises what failed first.
+    """
+    futures: list[Future[Any]] = []
+    for work in (first, second):
+        worker = Worker("together")
+        futures.append(worker.submit(work))
+        worker.end()
+    try:
+        finished(futures)
+        failed = [future for future in futures if future.done() and future.exception()]
+        if failed:
+            cancel()
+    except BaseException:
+        cancel()
+        raise
+    finally:
+        for future in futures:
+            finished([future])
+    return cast("T", (failed or futures)[0].result())
+
+
+class Watchdog:
+    """Closes a connection on which nothing has moved for `seconds`.
+
+    Drivers' own time-outs do not cover every place where a dead network can block them.
+    """
+
+    def __init__(self, seconds: float, close: Callable[[], None]) -> None:
+        self.seconds, self.expired = seconds, False
+        self._close, self._deadline = close, float("inf")
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def feed(self) -> None:
+        """Something moved, or an operation begins."""
+        self._deadline = time.monotonic() + self.seconds
+
+    def rest(self) -> None:
+        """No operation is under way."""
+        self._deadline = float("inf")
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(0.5, self.seconds / 4)):
+            if time.monotonic() > self._deadline:
+                self.expired = True
+                self._close()
+                return
+
+
+# ------------------------------------ local files: new_file
+# Given: paths on this machine.
+# Gives: files that appear under their names only when they are whole.
+# Raises: Error that names the file.
+
+
+@contextlib.contextmanager
+def local_errors(path: Path) -> Iterator[None]:
+    """Turns a failure of this machine's disk into an Error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Error(
+            f"{path}: {error.strerror or error}",
+            "see that the disk has space left and that the account which runs sgsync may write "
+            "to this folder",
+        ) from error
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under its name only when it is whole."""
+    part = path.with_name(path.name + PART)
+    try:
+        with local_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                yield file
+            _replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _replace(part: Path, path: Path) -> None:
+    """os.replace; on Windows a virus scanner may hold a new file for a moment."""
+    for pause in (0.1, 0.3, 1.0):
+        try:
+            part.replace(path)
+            return
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            time.sleep(pause)
+    part.replace(path)
+
+
+# ==================================== CONFIGURATION
+# config.xml as typed objects.
+
+
+# ------------------------------------ values of attributes: Parse
 
 # Given: the text of an attribute.
 # Gives: its value, and `attribute`, with which the elements say what attributes they have.
@@ -640,7 +820,7 @@ class Element:
         yield from ()
 
 
-# ---------------------------------------------------------------------- configuration: SqlDiff
+# ------------------------------------ elements: SqlDiff
 
 # Given: the values of attributes.
 # Gives: a dataclass for each element of config.xml that has attributes.
@@ -673,6 +853,14 @@ class SftpSettings(Element):
         "new key takes up to 60 minutes to work)"
     )
     trust: tuple[str, ...] = ("trust",)  # the command that pins its host key
+
+    @property
+    def place(self) -> str:
+        return f" ({self.where})" if self.where else ""
+
+    @property
+    def correct_directory(self) -> str:
+        return f"correct the directory in {self.element}{self.place}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -917,7 +1105,7 @@ class SchooLinksSettings(Element):
             yield "", "has no enabled section", "add or enable <Attendance>, <GPA> or <Tags>"
 
 
-# ---------------------------------------------------------------------- configuration: XmlSource
+# ------------------------------------ source and placeholders: XmlSource
 
 # Given: the path of config.xml, and values with placeholders in them.
 # Gives: the elements and their lines; the values with the placeholders replaced.
@@ -1171,7 +1359,7 @@ class Placeholders:
         return "{" + value.replace("}", "}}") + "}" if whole and special else value
 
 
-# ---------------------------------------------------------------------- configuration: load_config
+# ------------------------------------ reader: load_config
 
 # Given: the path of config.xml, and which of the Config classes a command wants.
 # Gives: an instance of that class, checked.
@@ -1372,6 +1560,8 @@ class ConfigReader:
         cls, values = ELEMENTS[element.tag][0], self._attributes(element)
         if cls is None or not self.used or element in self.faulty:
             return None
+        if any(field.name == "where" for field in dataclasses.fields(cls)):
+            more["where"] = self.source.where(element)
         made = cls(**values, **more)
         for problem in made.problems():
             self._fail(element, *problem)
@@ -1443,15 +1633,14 @@ class ConfigReader:
                 calls[child.tag.lower()] = self._instance(child, statement=text)
         if not query and self.used:
             self._fail(element, "", "has no <Query> with SQL in it", "add the query to export")
-        where = self.source.where(element)
-        made: SqlDiff | None = self._instance(element, query=query, calls=calls, where=where)
+        made: SqlDiff | None = self._instance(element, query=query, calls=calls)
         return made
 
     def _statement(self, element: etree._Element) -> Statement | None:
         sql = self._text(element)
         if not sql and self.used:
             self._fail(element, "", "contains no SQL", "write the statement, or delete <SQL>")
-        made: Statement | None = self._instance(element, sql=sql, where=self.source.where(element))
+        made: Statement | None = self._instance(element, sql=sql)
         return made
 
     def _schoolinks(self, element: etree._Element) -> SchooLinksSettings | None:
@@ -1473,6 +1662,23 @@ class ConfigReader:
                     element, "file", f"'{shortened(name)}' is already in use", "choose another name"
                 )
             seen.add(str(name).lower())
+
+
+def load_config(path: Path, wanted: type[C]) -> C:
+    """Read and check the configuration of one command: `load_config(path, SyncConfig)`.
+
+    Elements that the command does not use are checked for what nobody can have meant, such as an
+    unknown attribute, and may be unfilled or missing.  `${file:PATH}` is relative to the folder of
+    `path`.  Raises ConfigError with every error of the file at once, each with file, line,
+    element, reason and remedy.
+    """
+    return ConfigReader(path).read(wanted)
+
+
+# ------------------------------------ home folder: load_environment
+# Given: the folder of config.xml.
+# Gives: the configuration that counts there, and variables for it.
+# Raises: ConfigError.
 
 
 def load_environment(home: Path) -> None:
@@ -1502,6 +1708,18 @@ def load_environment(home: Path) -> None:
             raise ConfigError(f"{path}:{number}: is not NAME=VALUE", "correct or delete that line")
 
 
+def required_variables(*names: str) -> list[str]:
+    """Their values; raises ConfigError that names every variable that is not set."""
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"not set in the environment: {', '.join(missing)}",
+            f"write them into {ENVIRONMENT_NAME} beside config.xml, or set them for the account "
+            "that runs sgsync",
+        )
+    return [os.environ[name] for name in names]
+
+
 def config_path(home: Path) -> Path:
     """The configuration of a home: the district's own copy, else the template.
 
@@ -1512,52 +1730,1594 @@ def config_path(home: Path) -> Path:
     return local if os.path.lexists(local) else home / "config.xml"
 
 
-def load_config(path: Path, wanted: type[C]) -> C:
-    """Read and check the configuration of one command: `load_config(path, SyncConfig)`.
+# ==================================== FORMATS
+# The files that runs read, compare and leave behind.
 
-    Elements that the command does not use are checked for what nobody can have meant, such as an
-    unknown attribute, and may be unfilled or missing.  `${file:PATH}` is relative to the folder of
-    `path`.  Raises ConfigError with every error of the file at once, each with file, line,
-    element, reason and remedy.
+
+# ------------------------------------ values: to_text
+# Given: a value of a database.
+# Gives: its text, always written in one way.
+# Raises: nothing.
+
+
+def to_text(value: object, date_format: str | None = None) -> str:
+    """A database value as text, always in one way.
+
+    Dates are ISO 8601 or `date_format`, decimals plain without exponent, bits 0 or 1, NULL is
+    empty, binary is hexadecimal.
     """
-    return ConfigReader(path).read(wanted)
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    if isinstance(value, datetime.date):  # a datetime, too
+        return value.strftime(date_format) if date_format else value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return f"{value:f}"
+    if isinstance(value, float):
+        return f"{decimal.Decimal(repr(value)):f}".removesuffix(".0")
+    if isinstance(value, (bytes, bytearray)):
+        return value.hex()
+    return str(value)
 
 
-# ---------------------------------------------------------------------- connections: Watchdog
+# ------------------------------------ canonical rows: Block
+#
+# Given a path; gives the header and the rows in blocks; raises DataError with file and line.
+#
+# A file is read in blocks of whole records.  Each block is checked and brought into one canonical
+# format, bytes in which \0 stands between fields, \n after rows, and \xff for a line break inside a
+# field (that byte occurs in no UTF-8, and \0 is refused).  Equal rows are then equal bytes, however
+# they were quoted, and the order of bytes is the order of the tuples of fields.
+
+CSV_LIMIT = 2**31 - 1
+csv.field_size_limit(CSV_LIMIT)
+
+LINE_BREAK = b"\xff"
+_QUOTE = ord('"')  # `number in bytes` is ten times as fast as `bytes in bytes`.
+_FROM_CANONICAL = bytes.maketrans(b"\0" + LINE_BREAK, b",\n")
 
 
-class Watchdog:
-    """Closes a connection on which nothing has moved for `seconds`.
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """`rows` records in canonical format; the first begins on line `line` of its file.
 
-    Drivers' own time-outs do not cover every place where a dead network can block them.
+    Where columns were left out, `whole` has the rows with them: line breaks in them count.
     """
 
-    def __init__(self, seconds: float, close: Callable[[], None]) -> None:
-        self.seconds, self.expired = seconds, False
-        self._close, self._deadline = close, float("inf")
-        self._stop = threading.Event()
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+    data: bytes
+    line: int
+    rows: int
+    whole: bytes = b""
 
-    def feed(self) -> None:
-        """Something moved, or an operation begins."""
-        self._deadline = time.monotonic() + self.seconds
+    def line_at(self, offset: int) -> int:
+        """The line on which the row at `offset` begins."""
+        data = self.data
+        if self.whole:
+            before = self.whole.split(b"\n", data.count(b"\n", 0, offset))[:-1]
+            data, offset = self.whole, sum(len(row) + 1 for row in before)
+        breaks = data.count(b"\n", 0, offset) + data.count(LINE_BREAK, 0, offset)
+        return self.line + breaks
 
-    def rest(self) -> None:
-        """No operation is under way."""
-        self._deadline = float("inf")
 
-    def stop(self) -> None:
-        self._stop.set()
+def decode_row(row: bytes) -> Row:
+    r"""The fields of one canonical row: `b"1\0Lee"` is `("1", "Lee")`."""
+    return tuple(row.replace(LINE_BREAK, b"\n").decode("utf-8").split("\0"))
 
-    def _watch(self) -> None:
-        while not self._stop.wait(min(0.5, self.seconds / 4)):
-            if time.monotonic() > self._deadline:
-                self.expired = True
-                self._close()
+
+def encode_rows(rows: Sequence[bytes]) -> bytes:
+    r"""Canonical rows as csv.writer would write them: `b"1\0Lee, A"` is `b'1,"Lee, A"\r\n'`."""
+    text = b"".join(rows)
+    # Quotes come first: a field that begins with one from then on needs no more.
+    for mark in (_QUOTE, *b",\r", *LINE_BREAK):
+        if mark in text:
+            holders = [row for row in rows if mark in row]
+            fields = b"\0\n\0".join(holders).split(b"\0")
+            if mark == _QUOTE:
+                fields = [b'"%b"' % f.replace(b'"', b'""') if mark in f else f for f in fields]
+            else:
+                fields = [b'"%b"' % f if mark in f and f[:1] != b'"' else f for f in fields]
+            quoted = iter(b"\0".join(fields).split(b"\0\n\0"))
+            rows = [next(quoted) if mark in row else row for row in rows]
+    return b"\r\n".join([*rows, b""]).translate(_FROM_CANONICAL)
+
+
+# ------------------------------------ CSV: CsvFile
+# Given: the path of a CSV file.
+# Gives: its header, and its rows in blocks of canonical rows; a file written as RFC 4180 has it.
+# Raises: DataError with file and line.
+
+_TO_CANONICAL = bytes.maketrans(b",", b"\0")
+_REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
+_BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
+_BOM = b"\xef\xbb\xbf"
+_LONE_RETURN = re.compile(rb"\r(?!\n)")
+# Begins with the quote itself: so the search leaps from quote to quote.
+_LOOSE_QUOTE = re.compile(rb'"(?:(?<=[^,\r\n"]")|(?=([^,\r\n"])))')
+_NOT_CANONICAL = bytes(set(range(256)) - set(b"\0\n"))
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b',"\r\n'))
+
+
+class CsvFile:
+    """A CSV file: RFC 4180, UTF-8 with or without BOM, a header first, memory bounded.
+
+    `columns` is the header, () for a file of 0 bytes; `blocks()` gives the rows, once, or
+    `raw_blocks()` does, of which `canonical` takes any whole records.  `trim` drops blanks at the
+    end of fields, then a field of `null_text` becomes empty.  Raises DataError with file and line
+    for everything that RFC 4180 does not allow, and for rows that have more or fewer fields than
+    the header.
+    """
+
+    def __init__(
+        self, path: Path, shown: str = "", *, trim: bool = False, null_text: str | None = None
+    ) -> None:
+        self.path, self.shown = path, shown or path.name
+        self.columns: Row = ()
+        self.line = 1  # of what is read next; whoever takes raw blocks keeps it
+        self._trim, self._null_text = trim, null_text
+        text = (null_text or "").encode("utf-8", "surrogatepass").replace(b"\n", LINE_BREAK)
+        self._null = (
+            re.compile(rb"(?<![^\0\n])" + re.escape(text) + rb"(?=[\0\n])") if text else None
+        )
+        self._regular_line = b""  # The structure of a row that has been found regular.
+        self._width = 0  # fields of a row, 0 for the header itself
+        self._kept: tuple[int, ...] | None = None  # the fields that `leave_out` left
+        with local_errors(path):
+            self._file: BinaryIO = path.open("rb")
+        try:
+            self._records = self._read_records()
+            self._rest = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CsvFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def again(self) -> CsvFile:
+        """The same file from its beginning."""
+        file = CsvFile(self.path, self.shown, trim=self._trim, null_text=self._null_text)
+        if self._kept is not None:
+            file.leave_out(name for name in file.columns if name not in self.columns)
+        return file
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Give the rows without these columns from now on."""
+        without = set(names)
+        if without:
+            self._kept = tuple(i for i, name in enumerate(self.columns) if name not in without)
+            self.columns = tuple(self.columns[index] for index in self._kept)
+
+    @property
+    def leaves_out(self) -> bool:
+        return self._kept is not None
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows in canonical format, block by block."""
+        for raw in self.raw_blocks():
+            block = self.canonical(raw, self.line)
+            has_breaks = LINE_BREAK in (block.whole or block.data)
+            self.line += raw.count(b"\n") if has_breaks else block.rows
+            yield block
+
+    def raw_blocks(self) -> Iterator[bytes]:
+        """The rows as they stand in the file, whole records, not yet checked."""
+        return itertools.chain([self._rest] if self._rest else (), self._records)
+
+    def canonical(self, raw: bytes, line: int) -> Block:
+        """Whole records that begin on `line`, checked and in canonical format."""
+        block = self._canonical(raw, line)
+        data = block.data
+        if self._trim:
+            data = _BLANKS_AT_END.sub(b"", data)
+        if self._null:
+            data = self._null.sub(b"", data)
+        if self._kept is not None:
+            split = (row.split(b"\0") for row in data[:-1].split(b"\n"))
+            rows = (b"\0".join([fields[index] for index in self._kept]) for fields in split)
+            return Block(b"".join([row + b"\n" for row in rows]), line, block.rows, data)
+        return block if data is block.data else Block(data, line, block.rows)
+
+    @staticmethod
+    def record_end(raw: bytes, begin: int = 0) -> int:
+        """The offset behind the last whole record of `raw`, 0 where there is none.
+
+        `raw` starts outside quotes, so a line break behind an even number of quotes ends a record;
+        none does so before `begin`.
+        """
+        end = raw.rfind(b"\n", begin) + 1
+        odd = raw.count(b'"', 0, end) % 2 if b'"' in raw else 0  # `in` takes a tenth of `count`.
+        while odd:  # Inside a quoted field, which starts at the last quote or before.
+            quote = raw.rfind(b'"', begin, end)
+            before = raw.rfind(b"\n", begin, quote) + 1 if quote >= 0 else 0
+            if not before:
+                return 0
+            odd ^= raw.count(b'"', before, end) % 2
+            end = before
+        return end
+
+    def fail(self, line: int, what: str, remedy: str) -> NoReturn:
+        raise DataError(f"{self.shown}:{line}: {what}", remedy)
+
+    def refuse_separator(self, header: str) -> None:
+        """Raise DataError if something else than commas separates the names of a header."""
+        separators = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+        found = "".join(mark for mark in separators if mark in header)
+        if found and "," not in header:
+            self.fail(
+                1,
+                f"the file is separated by {separators[found[0]]}, not commas: was it saved by "
+                "Excel?",
+                "export it again with commas (Excel uses the list separator of the Windows "
+                "regional settings)",
+            )
+
+    def _read_header(self) -> bytes:
+        """Settle the names of the columns; returns what follows them in the first block, raw."""
+        first = next(self._records, b"")
+        if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+            self.fail(1, "is UTF-16", "save or export it as UTF-8")
+        first = first.removeprefix(_BOM)
+        if not first:
+            return b""
+        end = quotes = 0
+        while end == 0 or quotes % 2:  # The first record ends behind an even number of quotes.
+            start, end = end, first.index(b"\n", end) + 1
+            quotes += first.count(b'"', start, end)
+        header = first[:end]
+        if re.search(rb'"[;\t|]"', header):  # No field may go on behind a quote.
+            self.refuse_separator(header.decode("utf-8", "replace"))
+        columns = decode_row(self._canonical(header, 1).data[:-1])
+        seen: set[str] = set()
+        for number, name in enumerate(columns, 1):
+            if not name or name in seen:
+                what = f"the column '{one_line(name)}' appears more than once"
+                what = what if name else f"column {number} has no name"
+                self.fail(1, f"the header is wrong: {what}", "give each column its own name")
+            seen.add(name)
+        self.columns, self._width = columns, len(columns)
+        self.line += header.count(b"\n")
+        return first[end:]
+
+    def _read_records(self) -> Iterator[bytes]:
+        """The file in blocks that end where a record ends; the last one gets its line end."""
+        rest = b""
+        while True:
+            with local_errors(self.path):
+                read = self._file.read(BLOCK_BYTES)
+            raw = rest + read
+            end = self.record_end(raw, len(rest))
+            if not read:
+                break
+            if end == 0 and len(raw) > RECORD_BYTES:
+                self._fail_endless(
+                    raw,
+                    f"a record is longer than {RECORD_BYTES >> 20} MB",
+                    "look for a quote that is never closed; the file may not be CSV at all",
+                )
+            if end:
+                yield raw[:end]
+            rest = raw[end:]
+        cut_off = "check whether the file was cut off, and export it again"
+        if rest.count(b'"') % 2:
+            self._fail_endless(rest, "a quoted field is never closed", cut_off)
+        if rest.endswith(b"\r"):
+            line = self.line + rest.count(b"\n")
+            self.fail(line, "a carriage return without a line feed", cut_off)
+        if rest:
+            yield rest + b"\n"
+
+    def _fail_endless(self, raw: bytes, what: str, remedy: str) -> NoReturn:
+        """`raw` is one record without end; something in it may be the reason."""
+        self._check_nul(raw, self.line)
+        begin = raw[: 1 << 20].removeprefix(_BOM)
+        self._canonical_irregular(begin + b'"' * (begin.count(b'"') % 2), self.line)
+        self.fail(self.line, what, remedy)
+
+    def _canonical(self, raw: bytes, line: int) -> Block:
+        """One block in canonical format.
+
+        Nearly every block of a real file is regular: all its rows quote the same columns and no
+        field holds a comma, a quote or a line break.  One translation that leaves only those
+        characters shows it, and a second one makes the canonical format.
+        """
+        width = self._width
+        self._check_text(raw, line)
+        structure = raw.translate(None, _NOT_STRUCTURE)
+        first = structure[: structure.find(b"\n") + 1]
+        rows = len(structure) // len(first)
+        if first * rows == structure and self._is_regular(first, width, rows, raw):
+            return Block(raw.translate(_TO_CANONICAL, b'"\r'), line, rows)
+        data = self._canonical_irregular(raw, line)
+        block = Block(data, line, data.count(b"\n"))
+        if width:
+            self._check_width(block, width)
+        return block
+
+    def _check_nul(self, raw: bytes, line: int) -> None:
+        if b"\0" in raw:
+            self.fail(
+                line + raw.count(b"\n", 0, raw.index(b"\0")),
+                "contains a NUL character: this is a binary or UTF-16 file",
+                "export the file again as CSV in UTF-8",
+            )
+
+    def _check_text(self, raw: bytes, line: int) -> None:
+        self._check_nul(raw, line)
+        if not raw.isascii():
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                self.fail(
+                    line + raw.count(b"\n", 0, error.start),
+                    f"is not UTF-8: byte 0x{raw[error.start]:02x}",
+                    "export the file as UTF-8 (that byte looks like Windows-1252 or Latin-1)",
+                )
+
+    def _is_regular(self, first: bytes, width: int, rows: int, raw: bytes) -> bool:
+        """Whether `rows` rows of the structure `first` are well-formed, in all of `raw`."""
+        if first != self._regular_line:
+            if not _REGULAR.fullmatch(first) or (width and first.count(b",") != width - 1):
+                return False
+            self._regular_line = first
+        # The row's carriage return may stand in the middle of its last field if that has no quotes.
+        in_field = b"\r" in first and not first.endswith(b'"\r\n')
+        if in_field and _LONE_RETURN.search(raw):
+            return False
+        if b'"' not in first:
+            return True
+        # Two quotes a field: the one must open it and the other close it.
+        quoted = first.count(b'"') // 2 * rows
+        opened = raw.count(b',"') + raw.count(b'\n"') + raw.startswith(b'"')
+        closed = raw.count(b'",') + raw.count(b'"\r\n' if first.endswith(b"\r\n") else b'"\n')
+        return opened == closed == quoted
+
+    def _canonical_irregular(self, raw: bytes, line: int) -> bytes:
+        """The same for any block: split at the quotes, every other piece stands inside them."""
+        pieces = raw.split(b'"')
+        outside, inside = pieces[0::2], pieces[1::2]
+        skeleton = b'"'.join(outside)  # Each " now stands for a quoted piece.
+        wrong = _LOOSE_QUOTE.search(skeleton) or _LONE_RETURN.search(skeleton)
+        if wrong:
+            before = skeleton[: wrong.start() + bool(wrong.re is _LOOSE_QUOTE and wrong[1])]
+            hidden = inside[: before.count(b'"')]
+            lines = before.count(b"\n") + sum(piece.count(b"\n") for piece in hidden)
+            if wrong.re is _LOOSE_QUOTE:
+                what = "a field contains a quote but is not quoted as a whole"
+                remedy = 'quote the whole field and double each quote in it: "a ""b"" c"'
+            else:
+                what, remedy = "a carriage return without a line feed", "end lines with CR LF or LF"
+            self.fail(line + lines, what, remedy)
+        outside = skeleton.translate(_TO_CANONICAL, b"\r").split(b'"')
+        inside = b'"'.join(inside).replace(b"\n", LINE_BREAK).split(b'"') if inside else []
+        pieces[0::2], pieces[1::2] = outside, inside
+        # A doubled quote leaves an empty piece outside, between two inside.
+        pieces[2:-1:2] = [piece or b'"' for piece in outside[1:-1]]
+        return b"".join(pieces)
+
+    def _check_width(self, block: Block, width: int) -> None:
+        structure = block.data.translate(None, _NOT_CANONICAL)
+        if structure == (b"\0" * (width - 1) + b"\n") * block.rows:
+            return
+        offset = 0
+        for row in block.data[:-1].split(b"\n"):
+            fields = row.count(b"\0") + 1
+            if fields != width:
+                self.fail(
+                    block.line_at(offset),
+                    f"has {plural(fields, 'field')} where the header has {width}",
+                    "check whether the file was cut off or a value with a comma is not quoted",
+                )
+            offset += len(row) + 1
+
+
+@contextlib.contextmanager
+def csv_writer(
+    path: Path, quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
+) -> Iterator[Callable[[Iterable[Sequence[object]]], None]]:
+    """Write a CSV file as RFC 4180 wants it; yields a function that takes rows."""
+    with new_file(path) as binary:
+        text = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        yield csv.writer(text, quoting=quoting).writerows
+        text.flush()
+        text.detach()
+
+
+# ------------------------------------ keys: Key
+#
+# Given the blocks of a CSV file and the columns of its key; gives the rows, sorted on request, in
+# windows whose order has been checked; raises DataError for two rows out of order, or of one key,
+# with both lines and both keys.
+
+
+class Key:
+    r"""The columns that identify a row, in sort order; those of `:int` sort as numbers.
+
+        key = Key(["id:int", "start"], ("id", "name", "start"), "b.csv")
+        key.of_rows(b"9\0Lee\0A\n10\0Ann\0B\n") == [(9, b"A"), (10, b"B")]
+
+    Keys compare as the tuples of their fields do: text by code point.  Raises DataError for a
+    column that the file, called `shown`, does not have.
+    """
+
+    def __init__(self, spec: Sequence[str] | None, columns: Row, shown: str) -> None:
+        self.names = tuple(name.removesuffix(":int") for name in spec) if spec else columns
+        missing = [name for name in self.names if name not in columns]
+        if missing:
+            raise DataError(
+                f"{shown}: the key column '{missing[0]}' is not in the header "
+                f"({', '.join(map(one_line, columns))})",
+                "correct the key, or the name of the column in the query",
+            )
+        self.indexes = tuple(columns.index(name) for name in self.names)
+        self._numeric = [name.endswith(":int") for name in spec or [""] * len(columns)]
+        # Text in columns side by side is one piece of the row, and compares as such.
+        first, last = self.indexes[0], max(self.indexes)
+        neighbors = tuple(range(first, first + len(self.indexes)))
+        self._is_piece = self.indexes == neighbors and not any(self._numeric)
+        self.begins_row = self._is_piece and first == 0
+        numbers = {i for i, numeric in zip(self.indexes, self._numeric, strict=True) if numeric}
+        fields = [
+            rb"-?[0-9]{1,40}" if i in numbers else rb"[^\0]*" if i < len(columns) - 1 else rb".*"
+            for i in range(last + 1)
+        ]
+        if self._is_piece:
+            fields[first:] = [rb"(" + rb"\0".join(fields[first:]) + rb")"]
+        else:
+            fields = [rb"(%b)" % f if i in self.indexes else f for i, f in enumerate(fields)]
+        rest = rb"\n" if last == len(columns) - 1 else rb"\0.*\n"
+        self._row = re.compile(rb"^" + rb"\0".join(fields) + rest, re.MULTILINE)
+
+    def of_rows(self, data: bytes) -> list[Any]:
+        """The keys of canonical rows; ValueError where one is not a number.
+
+        A key is bytes, a number, or a tuple of both: whatever is fastest for these columns.
+        """
+        found: list[Any] = self._row.findall(data)
+        has_breaks = LINE_BREAK in data
+        if self._is_piece:
+            return [key.replace(LINE_BREAK, b"\n") for key in found] if has_breaks else found
+        if len(found) < data.count(b"\n"):
+            raise ValueError("a key is not a whole number")
+        in_file = sorted(self.indexes)
+        columns: list[Any] = list(zip(*found, strict=True)) if len(in_file) > 1 else [found]
+        parts: list[Iterable[Any]] = []
+        for index, numeric in zip(self.indexes, self._numeric, strict=True):
+            column = columns[in_file.index(index)] if found else ()
+            if numeric:
+                column = map(int, column)
+            elif has_breaks:
+                column = [field.replace(LINE_BREAK, b"\n") for field in column]
+            parts.append(column)
+        return list(zip(*parts, strict=True)) if len(parts) > 1 else list(parts[0])
+
+    def of(self, row: bytes) -> Any:
+        """The key of one canonical row."""
+        return self.of_rows(row + b"\n")[0]
+
+    def of_block(self, block: Block, file: CsvFile) -> list[Any]:
+        """`of_rows`; raises DataError with the line of a row whose key is not a number."""
+        with contextlib.suppress(ValueError):
+            return self.of_rows(block.data)
+        offset = 0
+        for row in block.data[:-1].split(b"\n"):
+            try:
+                self.of(row)
+            except ValueError:
+                file.fail(
+                    block.line_at(offset),
+                    f"the key {self.show(decode_row(row))} is not a whole number (:int)",
+                    "correct the value, or drop :int from the key",
+                )
+            offset += len(row) + 1
+        raise AssertionError("every key is a number")
+
+    def show(self, row: Row) -> str:
+        """A row's key for a message: `studentNumber=1001, startDate=2026-01-15`."""
+        return ", ".join(
+            f"{one_line(name)}={one_line(shortened(row[index], 100))}"
+            for name, index in zip(self.names, self.indexes, strict=True)
+        )
+
+
+# ------------------------------------ order: OrderedRows
+# Given: the blocks of a CSV file, and its key.
+# Gives: its rows in windows whose order was checked, sorted on request in bounded memory.
+# Raises: DataError with both lines and both keys.
+
+
+class OrderedRows:
+    """The rows of one side in a window of bytes, found to ascend strictly as they are passed.
+
+    The window holds the file's own bytes, so that two files which are written alike need not be
+    brought into canonical format where they are equal; or, after `make_canonical`, canonical rows.
+    """
+
+    def __init__(
+        self, csv_file: CsvFile, key: Key, in_order: Iterator[Block] | None = None
+    ) -> None:
+        self.csv_file, self.key = csv_file, key
+        self.data, self.position = b"", 0
+        self.rows = 0  # passed so far
+        self.is_raw = in_order is None
+        self._sorted = in_order  # blocks whose lines are forgotten
+        self._blocks = csv_file.raw_blocks()
+        self._line = csv_file.line  # of `position`
+        self._last_row, self._last_key = b"", cast("Any", None)  # of what was passed
+        self._bytes, self._piece = b"", Block(b"", 0, 0)  # what `ahead` looked at
+
+    def fill(self) -> bool:
+        """Make sure that a row begins at `position`; False at the end of the file."""
+        if self.position < len(self.data):
+            return True
+        self.position = 0
+        if self._sorted:
+            block = next(self._sorted, None)
+            self.data = block.data if block else b""
+        else:
+            self.csv_file.line = self._line
+            self.data = next(self._blocks, b"")
+            if self.data and not self.is_raw:
+                self.data = self.csv_file.canonical(self.data, self._line).data
+        return bool(self.data)
+
+    def make_canonical(self) -> None:
+        """From here on the window holds canonical rows, equal for equal rows."""
+        if self.is_raw:
+            rest = self.data[self.position :]
+            self.data = self.csv_file.canonical(rest, self._line).data if rest else b""
+            self.position, self.is_raw = 0, False
+
+    def pass_equal(self, size: int, other: OrderedRows) -> int:
+        """Pass the rows, whole ones, in the next `size` bytes, which `other` has just the same.
+
+        Checks their order; that of the other's rows needs no check: they ascend as these do, and
+        the row before them was found to be less than these.  Returns how many bytes that was.
+        """
+        equal = self.data[self.position : self.position + size]
+        end = self.csv_file.record_end(equal) if self.is_raw else equal.rfind(b"\n") + 1
+        if end:
+            block, keys = self._checked(equal[:end])
+            last = block.data[block.data.rfind(b"\n", 0, -1) + 1 : -1]
+            lines = len(keys) + block.data.count(LINE_BREAK)
+            for side in (self, other):
+                side.position += end
+                side.rows += len(keys)
+                side._line += lines
+                side._last_row, side._last_key = last, keys[-1]
+        return end
+
+    def ahead(self, size: int) -> list[Any]:
+        """The keys, checked, of the rows that begin within the next `size` bytes."""
+        end = min(self.position + size, len(self.data)) - 1
+        odd = True
+        while odd:
+            end = self.data.index(b"\n", end) + 1
+            odd = self.is_raw and self.data.count(b'"', self.position, end) % 2 == 1
+        self._bytes = self.data[self.position : end]
+        self._piece, keys = self._checked(self._bytes)
+        return keys
+
+    def take(self, keys: Sequence[Any]) -> list[bytes]:
+        """Pass the first rows that `ahead` looked at, one for each of `keys`; returns them."""
+        if not keys:
+            return []
+        rows = self._piece.data.split(b"\n")
+        del rows[-1]
+        has_breaks = LINE_BREAK in self._piece.data
+        if len(rows) == len(keys):
+            self.position += len(self._bytes)
+        else:
+            lines_left = len(rows) - len(keys)
+            if has_breaks and self.is_raw:
+                lines_left += sum(row.count(LINE_BREAK) for row in rows[len(keys) :])
+            del rows[len(keys) :]
+            self.position += len(self._bytes[:-1].rsplit(b"\n", lines_left)[0]) + 1
+        self.rows += len(rows)
+        self._line += len(rows) + (sum(row.count(LINE_BREAK) for row in rows) if has_breaks else 0)
+        self._last_row, self._last_key = rows[-1], keys[-1]
+        return rows
+
+    def _checked(self, data: bytes) -> tuple[Block, list[Any]]:
+        """Rows from `position` on in canonical format, and their keys, found to ascend."""
+        if self.is_raw:
+            block = self.csv_file.canonical(data, self._line)
+        else:
+            block = Block(data, self._line, 0)
+        keys = self.key.of_block(block, self.csv_file)
+        in_order = self.rows == 0 or self._last_key < keys[0]
+        if not in_order or not all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
+            self._refuse(block, keys)
+        return block, keys
+
+    def _refuse(self, block: Block, keys: Sequence[Any]) -> NoReturn:
+        """Name the first two rows that do not ascend."""
+        rows = block.data.split(b"\n")
+        lines = list(
+            itertools.accumulate((1 + row.count(LINE_BREAK) for row in rows), initial=block.line)
+        )
+        if self.rows:
+            keys, rows = [self._last_key, *keys], [self._last_row, *rows]
+            lines = [block.line - 1 - self._last_row.count(LINE_BREAK), *lines]
+        index = next(i for i in range(1, len(keys)) if not keys[i - 1] < keys[i])
+        found = lines[index - 1 : index + 1]
+        if self._sorted and keys[index - 1] != keys[index]:  # Columns were left out.
+            found = [self._lines_of(each)[0] for each in keys[index - 1 : index + 1]]
+        before, row = (self.key.show(decode_row(row)) for row in rows[index - 1 : index + 1])
+        if keys[index - 1] == keys[index]:
+            if self._sorted:
+                found = self._lines_of(keys[index])
+            place, which = "", "two rows"
+            if found:
+                place, which = f":{found[1]}", f"lines {found[0]} and {found[1]}"
+            raise DataError(
+                f"{self.csv_file.shown}{place}: {which} have the same key {row}",
+                "add the column that tells them apart to the key, or return only one row per key",
+            )
+        self.csv_file.fail(
+            found[1],
+            f"not sorted: line {found[0]} has the key {before}, line {found[1]} has {row}",
+            "sort by the key, compared as code points (on SQL Server: ORDER BY ... COLLATE "
+            'Latin1_General_BIN2), or set sort="true" (for diff: --sort)',
+        )
+
+    def _lines_of(self, key: object) -> list[int]:
+        """The lines of the first two rows that have `key`; [] if the file cannot be read again."""
+        if not self.csv_file.path.is_file():
+            return []
+        lines = []
+        with self.csv_file.again() as file:
+            for block in file.blocks():
+                keys = self.key.of_rows(block.data)
+                rows = block.data.split(b"\n") if key in keys else []
+                offset = 0
+                for found, row in zip(keys, rows, strict=False):
+                    if found == key:
+                        lines.append(block.line_at(offset))
+                    offset += len(row) + 1
+        return lines[:2]
+
+
+class Sorter:
+    r"""Sorts the rows of a CSV file by key, in memory that is bounded whatever their number.
+
+    As many rows as fit into SORT_BYTES are sorted at a time; such runs wait in one temporary file
+    and are merged piece by piece.  What is sorted are lines of Latin-1 text, which Python compares
+    fastest: the row itself where its bytes sort as its key does, else behind its key.  A line break
+    in a field is \x0b\x01 there, so that it sorts between \t and \x0b (which is \x0b\x02).
+    """
+
+    def __init__(self, csv_file: CsvFile, key: Key) -> None:
+        self._csv_file, self._key = csv_file, key
+        self._runs: list[list[int]] = []  # offset and end of what is left of each, in the file
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """The rows in the order of their keys; equal keys stand side by side; lines are 0."""
+        with contextlib.ExitStack() as stack:
+            run: list[str] = []
+            size = 0
+            file: IO[bytes] | None = None
+            for block in self._csv_file.blocks():
+                run += self._lines(block)
+                size += len(block.data) + 58 * block.rows  # what Python adds to a text in a list
+                if size >= SORT_BYTES:
+                    file = file or stack.enter_context(self._temporary_file())
+                    self._store(run, file)
+                    run, size = [], 0
+            if file:
+                self._store(run, file)
+                run = []
+            run.sort()
+            for lines in self._merged(file) if file else batched(run, FETCH_ROWS):
+                yield self._block(lines)
+
+    def _lines(self, block: Block) -> list[str]:
+        lines = self._escaped(block.data).split("\n")
+        del lines[-1]
+        if self._key.begins_row:
+            return lines
+        keys = self._key.of_block(block, self._csv_file)
+        single = len(self._key.indexes) == 1 or isinstance(keys[0], bytes)
+        forms = map(self._form, keys) if single else ("\0".join(map(self._form, k)) for k in keys)
+        return list(map("%s\0%s".__mod__, zip(forms, lines, strict=True)))
+
+    @staticmethod
+    def _escaped(data: bytes) -> str:
+        return data.replace(b"\x0b", b"\x0b\x02").replace(LINE_BREAK, b"\x0b\x01").decode("latin-1")
+
+    def _form(self, part: bytes | int) -> str:
+        """Text that sorts as `part`: a number begins with its sign and how many digits it has."""
+        if isinstance(part, bytes):
+            return self._escaped(part.replace(b"\n", LINE_BREAK))
+        digits = len(str(abs(part)))
+        if part >= 0:
+            return f"{chr(64 + digits)}{part}"
+        return f"{chr(64 - digits)}{10**digits + part:0{digits}}"
+
+    def _block(self, lines: Sequence[str]) -> Block:
+        columns = 0 if self._key.begins_row else len(self._key.indexes)
+        if columns:
+            lines = [line.split("\0", columns)[columns] for line in lines]
+        data = "\n".join([*lines, ""]).encode("latin-1")
+        if b"\x0b" in data:
+            data = data.replace(b"\x0b\x01", LINE_BREAK).replace(b"\x0b\x02", b"\x0b")
+        return Block(data, 0, len(lines))
+
+    def _temporary_file(self) -> IO[bytes]:
+        """A nameless file beside the CSV file, or where such files belong."""
+        import tempfile
+
+        folder = self._csv_file.path.parent
+        with local_errors(folder):
+            return tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None)
+
+    def _store(self, run: list[str], file: IO[bytes]) -> None:
+        run.sort()
+        with local_errors(self._csv_file.path):
+            begin = file.tell()
+            for lines in batched(run, FETCH_ROWS):
+                file.write("\n".join([*lines, ""]).encode("latin-1"))
+            self._runs.append([begin, file.tell()])
+
+    def _merged(self, file: IO[bytes]) -> Iterator[list[str]]:
+        """The lines of all runs in order: in each round those up to where one piece ends."""
+        size = min(SORT_BYTES // (4 * len(self._runs)), BLOCK_BYTES)
+        pieces: list[list[str]] = [[] for _ in self._runs]
+        while True:
+            for index, run in enumerate(self._runs):
+                if not pieces[index] and run[0] < run[1]:
+                    pieces[index] = self._piece(run, file, size)
+            pieces_left = [piece for piece in pieces if piece]
+            if not pieces_left:
                 return
+            horizon = min(piece[-1] for piece in pieces_left)
+            lines: list[str] = []
+            for piece in pieces_left:
+                if piece[0] <= horizon:
+                    count = bisect.bisect_right(piece, horizon)
+                    lines += piece[:count]
+                    del piece[:count]
+            lines.sort()  # It finds the stretches that ascend already, and merges them.
+            yield lines
+
+    def _piece(self, run: list[int], file: IO[bytes], size: int) -> list[str]:
+        """The next whole lines of a run, about `size` bytes; the run then begins behind them."""
+        while True:
+            size = min(max(size, 1), run[1] - run[0])
+            with local_errors(self._csv_file.path):
+                file.seek(run[0])
+                data = file.read(size)
+            end = data.rfind(b"\n") + 1
+            if end:
+                run[0] += end
+                return data[: end - 1].decode("latin-1").split("\n")
+            size *= 2
 
 
-# ---------------------------------------------------------------------- SSH keys and host keys
+# ------------------------------------ diff file: Comparison
+# Given: the changes of one file, or the diff file that holds them.
+# Gives: one line for each change (`operation`, every column before, every column after), and
+#     what later stages need of it.  Raises: DataError, Error.
+
+
+INSERT, UPDATE, DELETE = "insert", "update", "delete"
+OPERATIONS = (DELETE, UPDATE, INSERT)  # In this order they are applied: a key may be freed first.
+
+
+def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
+    """The rows before and after of each change of `operation` in a diff file."""
+    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
+        records = csv.reader(file)
+        end = 1 + len(next(records)) // 2
+        for record in records:
+            if record[0] == operation:
+                yield tuple(record[1:end]), tuple(record[end:])
+
+
+@dataclasses.dataclass
+class Comparison:
+    """What the comparison of one file's two sides found.
+
+    `changes` is the diff file: the evidence, and all that later stages work from.
+    """
+
+    sql_diff: SqlDiff
+    columns: Row
+    key: Key
+    source_rows: int = 0
+    target_rows: int = 0
+    insert: int = 0
+    update: int = 0
+    delete: int = 0
+    format_differences: list[str] = dataclasses.field(default_factory=list)
+    new_columns: Row = ()  # only the source has them; left out
+    changes: Path = Path("-")  # standard output, unless `compare` made it
+    source: Path = Path("-")  # likewise
+    _lines: Iterator[tuple[int, Row]] = dataclasses.field(default=iter(()), repr=False)
+
+    def add(self, changes: Iterable[bytes]) -> None:
+        """Count changes, canonical rows of the diff file."""
+        count = collections.Counter(map(operator.itemgetter(0), changes))
+        self.insert += count[ord("i")]
+        self.update += count[ord("u")]
+        self.delete += count[ord("d")]
+
+    def count(self, operation: str) -> int:
+        return int(getattr(self, operation))
+
+    def rows(self, operation: str) -> Iterator[Row]:
+        """The row that each change of `operation` is about: for a delete the target's."""
+        for before, after in read_changes(self.changes, operation):
+            yield before if operation == DELETE else after
+
+    def line_of(self, row: Row) -> int:
+        """The line of the source on which `row` begins, 0 where it is not there.
+
+        Quick if rows are asked for in the order of the file.
+        """
+        for _ in range(2):  # from the last row that was found; then from the first
+            for line, found in self._lines:
+                if found == row:
+                    return line
+            self._lines = self._numbered_rows()
+        return 0
+
+    def _numbered_rows(self) -> Iterator[tuple[int, Row]]:
+        trim, null_text = self.sql_diff.trim, self.sql_diff.null_text
+        with CsvFile(self.source, trim=trim, null_text=null_text) as file:
+            file.leave_out(name for name in file.columns if name not in self.columns)
+            for block in file.blocks():
+                line = block.line
+                whole = (block.whole or block.data).split(b"\n")
+                for row, full in zip(block.data[:-1].split(b"\n"), whole, strict=False):
+                    yield line, decode_row(row)
+                    line += 1 + full.count(LINE_BREAK)
+
+    def summary(self) -> FileSummary:
+        """What summary.json tells of it, before anything is applied."""
+        summary = FileSummary(
+            file=self.sql_diff.file,
+            source_rows=self.source_rows,
+            target_rows=self.target_rows,
+            format_differences=self.format_differences,
+        )
+        for operation in OPERATIONS:
+            tally, count = summary.tally(operation), self.count(operation)
+            tally.found = count
+            tally.left_alone = 0 if operation in self.sql_diff.calls else count
+        return summary
+
+    def __str__(self) -> str:
+        return f"{self.insert:,} to insert, {self.update:,} to update, {self.delete:,} to delete"
+
+
+# ------------------------------------ summaries: RunSummary
+# Given: the folders of runs.
+# Gives: what summary.json tells of each, as objects; the newest are kept.
+# Raises: ConfigError for a run that is not there, Error where the disk fails.
+
+
+@dataclasses.dataclass
+class Tally:
+    """The rows of one operation: how many differ, and what became of them."""
+
+    found: int = 0
+    applied: int = 0
+    failed: int = 0
+    left_alone: int = 0  # where config.xml has no element for the operation
+
+
+@dataclasses.dataclass
+class FileSummary:
+    """What a run found and did for one file; counts are rows, times seconds."""
+
+    file: str
+    source_rows: int = 0
+    target_rows: int = 0
+    insert: Tally = dataclasses.field(default_factory=Tally)
+    update: Tally = dataclasses.field(default_factory=Tally)
+    delete: Tally = dataclasses.field(default_factory=Tally)
+    not_converged: int = 0
+    format_differences: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def rows_left(self) -> int:
+        """How many rows the run left in the database."""
+        return max(0, self.target_rows + self.insert.applied - self.delete.applied)
+
+    def tally(self, operation: str) -> Tally:
+        return cast("Tally", getattr(self, operation))
+
+    def total(self, what: str) -> int:
+        """The sum of `found`, `applied`, `failed` or `left_alone` over the operations."""
+        return sum(getattr(self.tally(operation), what) for operation in OPERATIONS)
+
+
+@dataclasses.dataclass
+class SectionSummary:
+    """One of SchooLinks' files."""
+
+    file: str
+    section: str
+    rows: int
+    without: dict[str, int]  # reason -> students without a row
+    null_days: int
+    uploaded: Literal["", "test", "live"] = ""
+
+
+@dataclasses.dataclass
+class Approval:
+    """Who let the changes of a held run pass, when, why, and how many rows beyond the limits."""
+
+    run: str
+    by: str
+    why: str
+    at: str
+    rows: int = 0
+
+
+@dataclasses.dataclass
+class Stage:
+    """A part of a run's work: seconds after the run's start, and how many it took."""
+
+    name: str
+    began: float
+    seconds: float
+
+
+@dataclasses.dataclass
+class RunSummary:
+    """What summary.json tells of a run; times are this machine's, with the zone's offset."""
+
+    command: str
+    version: str = __version__
+    epoch: str = ""
+    started: str = ""
+    account: str = ""
+    computer: str = ""
+    arguments: list[str] = dataclasses.field(default_factory=list)
+    outcome: str = "running"
+    exit_code: int | None = None
+    message: str = ""
+    remedy: str = ""
+    seconds: float = 0.0
+    source_epoch: str = ""
+    stale_epoch: str = ""  # the extract, where it was too old
+    over_limits: list[str] = dataclasses.field(default_factory=list)
+    forced: bool = False  # written although something was over a limit or too old (--force)
+    approval: Approval | None = None
+    files: list[FileSummary] = dataclasses.field(default_factory=list)
+    sections: list[SectionSummary] = dataclasses.field(default_factory=list)  # SchooLinks' files
+    statement_files: dict[str, int] = dataclasses.field(default_factory=dict)  # -> rows
+    keys: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # file -> key columns
+    stages: list[Stage] = dataclasses.field(default_factory=list)
+
+    def conclude(self, outcome: str, exit_code: int, message: str, remedy: str = "") -> None:
+        self.outcome, self.exit_code = outcome, exit_code
+        self.message, self.remedy = redact(message), redact(remedy)
+
+    @property
+    def only_planned(self) -> bool:
+        """True if the run showed changes and, by its nature, wrote none of them.
+
+        A run that maxShrink held has written its changes, and only sent nothing.
+        """
+        return self.outcome == "dry run" or (self.outcome == "held" and not self.total("applied"))
+
+    def total(self, what: str) -> int:
+        """The sum of `found`, `applied`, `failed` or `left_alone` over all files."""
+        return sum(file.total(what) for file in self.files)
+
+    def changes(self, *, planned: bool = False) -> str:
+        """`3 rows inserted, 1 row updated, ...`: what was applied or, if `planned`, would be."""
+        if not self.total("found"):
+            return "nothing to do: both sides are equal"
+        parts = []
+        for operation, word in ((INSERT, "inserted"), (UPDATE, "updated"), (DELETE, "deleted")):
+            tallies = [file.tally(operation) for file in self.files]
+            count = sum(t.found - t.left_alone if planned else t.applied for t in tallies)
+            parts.append(f"{plural(count, 'row')} {'would be ' if planned else ''}{word}")
+        left = self.total("left_alone")
+        return ", ".join(parts + ([f"{plural(left, 'row')} left alone"] if left else []))
+
+
+type_hints = functools.cache(typing.get_type_hints)  # It takes longer than all the rest.
+
+
+def from_json(kind: Any, data: Any) -> Any:
+    """A value of type `kind` from what `dataclasses.asdict` and JSON made of it.
+
+    Names that a dataclass lacks are passed over: another version wrote them.
+    """
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = type_hints(kind)
+        known = {name: value for name, value in data.items() if name in hints}
+        return kind(**{name: from_json(hints[name], value) for name, value in known.items()})
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        return [from_json(arguments[0], item) for item in data]
+    if typing.get_origin(kind) is dict:
+        return {name: from_json(arguments[1], item) for name, item in data.items()}
+    if type(None) in arguments and data is not None:
+        return from_json(arguments[0], data)
+    return data
+
+
+class KeptRun:
+    """A run that history keeps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.epoch = folder, folder.name
+
+    @functools.cached_property
+    def summary(self) -> RunSummary | None:
+        """What the run told of itself, or None where nothing readable is left of that."""
+        try:
+            text = (self.folder / SUMMARY_NAME).read_text(encoding="utf-8")
+            return cast("RunSummary", from_json(RunSummary, json.loads(text)))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    @functools.cached_property
+    def manifest(self) -> Manifest | None:
+        """What the folder held when the run's outcome was settled, or None if nobody can say."""
+        try:
+            text = (self.folder / MANIFEST_NAME).read_text(encoding="utf-8")
+            manifest = cast("Manifest", from_json(Manifest, json.loads(text)))
+            numbers = [manifest.sealed, *(file.size for file in manifest.files.values())]
+            before = manifest.previous.run if manifest.previous else ""
+            typed = isinstance(before, str) and all(type(number) is int for number in numbers)
+            return manifest if typed and manifest.run == self.epoch else None
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    @property
+    def settled(self) -> bool:
+        """True if the run is over: one that is being pushed says so already in its summary."""
+        outcome = self.summary.outcome if self.summary else "running"
+        return self.complete or outcome not in ("running", "complete", "partial")
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / COMPLETE).is_file()
+
+    @property
+    def held(self) -> bool:
+        return (self.folder / HELD).is_file()
+
+
+def runs(history: Path) -> list[KeptRun]:
+    """The runs that `history` keeps, newest first; a link or a junction to a run is none."""
+
+    def is_run(path: Path) -> bool:
+        found = path.lstat()
+        reparse = getattr(found, "st_file_attributes", 0) & 0x400  # FILE_ATTRIBUTE_REPARSE_POINT
+        return bool(EPOCH.fullmatch(path.name)) and stat.S_ISDIR(found.st_mode) and not reparse
+
+    with local_errors(history):
+        found = history.iterdir() if os.path.lexists(history) else ()
+        folders = sorted(filter(is_run, found), reverse=True)
+    return [KeptRun(folder) for folder in folders]
+
+
+def held_run(history: Path, epoch: str) -> KeptRun:
+    """The held run that `--approve` names; raises ConfigError where there is none."""
+    held = {run.epoch: run for run in runs(history) if run.held}
+    if epoch not in held:
+        raise ConfigError(
+            f"--approve {one_line(epoch)}: there is no held run of that name in {history}",
+            f"use one of the held runs: {', '.join(held)}" if held else "",
+        )
+    return held[epoch]
+
+
+def prune(history: Path, keep: int, current: Path) -> int:
+    """Delete all but the newest `keep` runs, never `current`; returns how many."""
+    # The current run comes first even where the clock was set back.
+    kept = sorted(runs(history), key=lambda run: run.folder != current)
+    pruned = 0
+    for run in kept[keep:]:
+        try:
+            shutil.rmtree(run.folder)
+            pruned += 1
+        except OSError as error:
+            log.warning("%s: this old run cannot be deleted: %s", run.folder, error.strerror)
+    if pruned:
+        log.info("deleted %s older than the newest %d", plural(pruned, "run"), keep)
+    return pruned
+
+
+def kept_run(history: Path, epoch: str) -> KeptRun:
+    """The run that a person names; raises ConfigError where there is none."""
+    for run in runs(history):
+        if run.epoch == epoch:
+            return run
+    raise ConfigError(
+        f"{one_line(epoch)}: there is no such run in {history}",
+        f"{SCRIPT.name} history lists the runs",
+    )
+
+
+# ------------------------------------ manifests: Manifest
+#
+# Given the folders of runs; gives a manifest for each run, which names the manifest of the run
+# before, and later what was altered since.  Raises Error where a disk fails.
+
+
+@dataclasses.dataclass
+class Sealed:
+    """A file as it was; of the log, which grows on, its first `size` bytes."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, size: int | None = None) -> Sealed:
+        """The file as it is, or its first `size` bytes."""
+        digest, count = hashlib.sha256(), 0
+        with local_errors(path), path.open("rb") as file:
+            while block := file.read(
+                BLOCK_BYTES if size is None else min(BLOCK_BYTES, size - count)
+            ):
+                digest.update(block)
+                count += len(block)
+        return cls(count, digest.hexdigest())
+
+
+@dataclasses.dataclass
+class Link:
+    """The run sealed before, by the SHA-256 of its manifest."""
+
+    run: str
+    sha256: str
+
+
+@dataclasses.dataclass
+class Manifest:
+    """Every file of a run's folder when its outcome was settled; `sealed` is ns since 1970, UTC.
+
+    The report is not in it, for it is made of the other files and can be made again.
+    """
+
+    run: str
+    sealed: int
+    previous: Link | None
+    files: dict[str, Sealed] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def paths(folder: Path) -> dict[str, Path]:
+        """The files of a run that a manifest holds: name in the folder -> path."""
+        others = (MANIFEST_NAME, REPORT_NAME, COMPLETE)
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        return {
+            name: path
+            for name, path in found.items()
+            if name not in others and path.suffix != PART and (path.is_symlink() or path.is_file())
+        }
+
+    @classmethod
+    def write(cls, folder: Path, earlier: Sequence[KeptRun]) -> None:
+        """Seal the folder of a run; `earlier` are the other runs."""
+        last = max(
+            (run for run in earlier if run.settled and run.manifest),
+            key=lambda run: cast("Manifest", run.manifest).sealed,
+            default=None,
+        )
+        link = Link(last.epoch, Sealed.of(last.folder / MANIFEST_NAME).sha256) if last else None
+        files = {name: Sealed.of(path) for name, path in cls.paths(folder).items()}
+        manifest = cls(folder.name, time.time_ns(), link, files)
+        with new_file(folder / MANIFEST_NAME) as file:
+            text = json.dumps(dataclasses.asdict(manifest), indent=1)
+            file.write(text.encode("ascii") + b"\n")
+
+    def altered(self, folder: Path) -> Iterator[str]:
+        """What differs from the manifest, in words."""
+        there = self.paths(folder)
+        for name, sealed in self.files.items():
+            path = there.pop(name, None)
+            if path is None:
+                yield f"{one_line(name)} is missing"
+            elif path.is_symlink():
+                yield f"{one_line(name)} was replaced with a link"
+            elif Sealed.of(path, sealed.size if name == LOG_NAME else None) != sealed:
+                yield f"{one_line(name)} was altered"
+        for name in there:
+            yield f"{one_line(name)} was added"
+
+
+def verify(kept: Sequence[KeptRun]) -> Iterator[tuple[str, str]]:
+    """Epoch and description of all that was altered in the runs kept.
+
+    Pruning takes the runs with the lowest names, so one that is named by another and missing was
+    pruned if its name is lower than all that are left, and else deleted.
+    """
+    sealed = [(run.manifest.sealed, run.epoch, run.manifest, run) for run in kept if run.manifest]
+    sealed.sort(key=lambda entry: entry[:2])
+    by_epoch = {run.epoch: run for run in kept}
+    oldest = min(by_epoch, default="")
+    first = min((epoch for _, epoch, _, _ in sealed), default="")
+    told = set()
+    for run in kept:
+        outcome = run.summary.outcome if run.summary else "unknown"
+        # A run that was killed, or that another one kept from starting, has no manifest.
+        expected = run.complete or outcome not in ("running", BusyError.outcome)
+        if expected and not run.manifest and run.epoch > first > "":
+            told.add(run.epoch)
+            yield run.epoch, f"{MANIFEST_NAME} is missing or cannot be read"
+    follows = False  # True if a settled run was sealed before
+    for _, epoch, manifest, run in sealed:
+        before = manifest.previous
+        if before is None:
+            if follows:
+                yield epoch, f"{MANIFEST_NAME} does not name the run before"
+        elif before.run not in by_epoch:
+            if before.run > oldest:
+                yield before.run, f"the run was deleted; run {epoch} was made after it"
+        elif before.run not in told:
+            path = by_epoch[before.run].folder / MANIFEST_NAME
+            if not path.is_file() or Sealed.of(path).sha256 != before.sha256:
+                yield before.run, f"{MANIFEST_NAME} is not the one that run {epoch} saw"
+        for what in manifest.altered(run.folder):
+            yield epoch, what
+        follows = follows or run.settled
+
+
+# ------------------------------------ run under way: Run
+# Given: the folder history.
+# Gives: the folder and the summary of the run under way, and the lock of the home.
+# Raises: BusyError, Error where the disk fails.
+
+
+class Run:
+    """The run under way: its folder and its summary.
+
+    `settings` is <History>, once config.xml could be read.  `report` makes report.html.
+    """
+
+    def __init__(self, history: Path, command: str, arguments: Sequence[str]) -> None:
+        self.history, self.folder = history, self._new_folder(history)
+        self.settings: History | None = None
+        self.notices: Sequence[Notice] = ()
+        self.report: Callable[[Run, Sequence[KeptRun]], None] | None = None
+        self._began = time.monotonic()
+        self.summary = RunSummary(
+            command=command,
+            epoch=self.folder.name,
+            started=local_time(time.time()).isoformat(timespec="seconds"),
+            account=account_name(),
+            computer=socket.gethostname(),
+            arguments=list(arguments),
+        )
+        self.save()
+
+    @staticmethod
+    def _new_folder(history: Path) -> Path:
+        """A second run in the same second waits for the next one."""
+        with local_errors(history):
+            history.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
+            while True:
+                folder = history / time.strftime("%Y%m%d-%H%M%S")
+                try:
+                    folder.mkdir(mode=OWNER_ONLY)
+                    return folder
+                except FileExistsError:
+                    time.sleep(0.1)
+
+    def save(self) -> None:
+        """Write summary.json; a run that is killed leaves the outcome `running` in it."""
+        self.summary.seconds = round(time.monotonic() - self._began, 3)
+        with new_file(self.folder / SUMMARY_NAME) as file:
+            text = json.dumps(dataclasses.asdict(self.summary), indent=1)
+            file.write(text.encode("ascii") + b"\n")
+
+    def conclude(self, outcome: str, exit_code: int, message: str, remedy: str = "") -> None:
+        """Settle the outcome, write the report and seal the folder."""
+        self.summary.conclude(outcome, exit_code, message, remedy)
+        self.save()
+        report, earlier = self.report, functools.cache(self.earlier)
+        if report:
+            self.attempt(REPORT_NAME, lambda: report(self, earlier()))
+        if outcome != BusyError.outcome:  # Another run is under way, and will be the next link.
+            self.attempt(MANIFEST_NAME, lambda: Manifest.write(self.folder, earlier()))
+
+    def attempt(self, name: str, write: Callable[[], None]) -> None:
+        """Write what tells of the run; if that fails, the run's outcome stands."""
+        try:
+            write()
+        except Exception as exception:
+            log.warning("%s: could not be written: %s", name, Error.of(exception).message)
+            log.debug("", exc_info=True)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Note in the summary how long the work inside takes, also if it fails.
+
+        What comes after the outcome, the push, is not in it: the summary is part of what is pushed.
+        """
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            if self.summary.outcome == "running":
+                stage = Stage(name, round(began - self._began, 3), round(now - began, 3))
+                self.summary.stages.append(stage)
+
+    def complete(self) -> None:
+        """Mark the run's folder as whole."""
+        with local_errors(self.folder / COMPLETE):
+            (self.folder / COMPLETE).touch()
+
+    def earlier(self) -> list[KeptRun]:
+        """The other runs, newest first."""
+        return [run for run in runs(self.history) if run.folder != self.folder]
+
+    def failed(self, exception: BaseException) -> Error:
+        """Settle the outcome of a run that ends with `exception`; returns it as an Error."""
+        error = Error.of(exception)
+        if isinstance(exception, KeyboardInterrupt):
+            applied = self.summary.total("applied")
+            done = "nothing was written"
+            if applied:
+                done = f"{plural(applied, 'row')} written so far stay; the next run continues"
+                done += " from there"
+            error = InterruptError(done)
+        if isinstance(error, HeldError):
+            with contextlib.suppress(Error), new_file(self.folder / HELD) as file:
+                file.write(redact(str(error)).encode("utf-8") + b"\n")
+        with contextlib.suppress(Error):  # a full disk
+            self.conclude(error.outcome, error.exit_code, error.message, error.remedy)
+        return error
+
+
+def account_name() -> str:
+    """Who runs this, by the operating system's names."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # an id without a name
+        return "unknown"
+    if os.name == "nt" and os.environ.get("USERDOMAIN"):
+        return f"{os.environ['USERDOMAIN']}\\{name}"
+    by = os.environ.get("SUDO_USER")
+    return f"{name} (sudo by {by})" if by and by != name else name
+
+
+@contextlib.contextmanager
+def only_run(run: Run, name: str) -> Iterator[None]:
+    """Hold the lock of this home; raises BusyError, naming the process that has it.
+
+    The operating system frees the lock of a process that dies.
+    """
+    import filelock
+
+    holder = run.history / f"{name}.lock.json"
+    lock = filelock.FileLock(run.history / f"{name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:  # which is an OSError, too
+        who = "a process that is just starting"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = json.loads(holder.read_text(encoding="utf-8"))
+            who = f"process {found['pid']}, since {found['since']} (run {found['epoch']})"
+        raise BusyError(
+            f"another {name} run is active in this home: {who}; nothing was done",
+            "wait for it to end; if it hangs, end that process: this also frees its lock",
+        ) from None
+    except OSError as error:
+        with local_errors(run.history / f"{name}.lock"):
+            raise error from None
+    try:
+        about = {"pid": os.getpid(), "since": run.summary.started, "epoch": run.summary.epoch}
+        with new_file(holder) as file:
+            file.write(json.dumps(about).encode("ascii"))
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+# ------------------------------------ history of a row: KeySearch
+#
+# Given the folders of the runs kept, and a value; gives what happened to the rows that have it in a
+# key column.  Raises Error where a disk fails.
+
+
+@dataclasses.dataclass
+class Event:
+    """One change to one row, and what became of it; `values` is column -> (before, after)."""
+
+    epoch: str
+    started: str
+    file: str
+    operation: str
+    key: str
+    values: dict[str, tuple[str, str]]
+    outcome: str  # written, failed, not written or unknown
+    reason: str = ""
+    approved_by: str = ""
+    why: str = ""
+
+    VERBS: typing.ClassVar[Mapping[str, tuple[str, str, str]]] = {  # as it is after each of these
+        INSERT: ("inserted", "did not insert", "may have inserted"),
+        UPDATE: ("updated", "did not update", "may have updated"),
+        DELETE: ("deleted", "did not delete", "may have deleted"),
+    }
+
+    def __str__(self) -> str:
+        when = {"written": 0, "unknown": 2}.get(self.outcome, 1)
+        told = []
+        for column, (before, after) in self.values.items():
+            if self.operation == UPDATE:
+                told.append(f"{column} from '{before}' to '{after}'")
+            elif before or after:
+                told.append(f"{column} '{before or after}'")
+        end = f": {self.reason}" if self.reason else ""
+        if self.approved_by:
+            end += f"; approved by {self.approved_by}" + (f" ({self.why})" if self.why else "")
+        return one_line(
+            f"{self.started[:19].replace('T', ' ')} run {self.epoch} "
+            f"{self.VERBS[self.operation][when]} {self.file} {self.key}"
+            f"{' (' * bool(told)}{', '.join(told)}{')' * bool(told)}{end}"
+        )
+
+    def records(self) -> list[dict[str, str]]:
+        """A record for each column, for CSV."""
+        own = {name: value for name, value in vars(self).items() if name != "values"}
+        return [
+            {**own, "column": column, "before": before, "after": after}
+            for column, (before, after) in (self.values or {"": ("", "")}).items()
+        ]
+
+
+class KeySearch:
+    """Finds the changes to all rows that have one value in a key column, over all runs kept.
+
+    A diff file is searched as bytes, and only records that contain the value are parsed: most
+    files do not contain it.  `--key` means the columns of `key=` as the run knew them.
+    """
+
+    def __init__(self, history: Path, value: str, file: str) -> None:
+        self._runs, self._value, self._file = runs(history), value, file
+        self._bytes = value.replace('"', '""').encode("utf-8", "surrogateescape")
+
+    def events(self) -> Iterator[Event]:
+        """Oldest first; within a run in the order of its files."""
+        keys: dict[str, list[str]] = {}  # A run of an older version does not name its keys.
+        for run in self._runs:
+            keys = {**(run.summary.keys if run.summary else {}), **keys}
+        for run in reversed(self._runs):
+            known = {**keys, **(run.summary.keys if run.summary else {})}
+            folder = run.folder / "diff"
+            for path in sorted(folder.glob("*.csv")) if folder.is_dir() else ():
+                if self._file in ("", path.name):
+                    yield from self._changes(run, path, known.get(path.name, []))
+
+    def _changes(self, run: KeptRun, path: Path, key: Sequence[str]) -> Iterator[Event]:
+        """The changes of one diff file; without `key` every column is part of it."""
+        with local_errors(path):
+            data = path.read_bytes()
+        if self._bytes not in data:
+            return
+        header = next(csv.reader(io.StringIO(data[:RECORD_BYTES].decode("utf-8", "replace"))))
+        columns = [name.removeprefix("before_") for name in header[1 : 1 + len(header) // 2]]
+        indexes = [columns.index(name) for name in key if name in columns] or range(len(columns))
+        for record in self._records(data):
+            if record[0] not in OPERATIONS or len(record) != len(header):
+                continue
+            before, after = record[1 : 1 + len(columns)], record[1 + len(columns) :]
+            row = before if record[0] == DELETE else after
+            if self._value in [row[index] for index in indexes]:
+                shown = ", ".join(
+                    f"{one_line(columns[i])}={one_line(shortened(row[i], 100))}" for i in indexes
+                )
+                values = {
+                    column: (before[i], after[i])
+                    for i, column in enumerate(columns)
+                    if before[i] != after[i] and (record[0] == UPDATE or i not in indexes)
+                }
+                yield self._event(run, path, record, shown, values)
+
+    def _records(self, data: bytes) -> Iterator[list[str]]:
+        """The records that contain the value.
+
+        A line break ends a record if the number of quotes since the record's begin is even.
+        """
+        start = 0  # of a record
+        while (hit := data.find(self._bytes, start)) >= 0:
+            begin = data.rfind(b"\r\n", start, hit)
+            quotes = data.count(b'"', start, max(begin, start))
+            while begin >= 0 and quotes & 1:
+                earlier = data.rfind(b"\r\n", start, begin)
+                quotes -= data.count(b'"', max(earlier, start), begin)
+                begin = earlier
+            begin = start if begin < 0 else begin + 2
+            end, quotes, found = begin, 1, 0
+            while quotes & 1 and found >= 0:
+                found = data.find(b"\r\n", max(hit, end))
+                end = len(data) if found < 0 else found + 2
+                quotes = data.count(b'"', begin, end)
+            text = data[begin:end].decode("utf-8", "replace")
+            yield from csv.reader(io.StringIO(text, newline=""))
+            start = end
+
+    def _event(
+        self, run: KeptRun, path: Path, record: Sequence[str], key: str,
+        values: dict[str, tuple[str, str]],
+    ) -> Event:  # fmt: skip
+        summary, operation = run.summary, record[0]
+        event = Event(run.epoch, "", path.name, operation, key, values, "unknown")
+        if summary is None:
+            event.reason = "the run left no summary"
+            return event
+        event.started = summary.started
+        if summary.outcome == "running":
+            event.reason = "the run was killed, or is not finished"
+        elif summary.only_planned:
+            event.outcome = "not written"
+            event.reason = "the run was held" if summary.outcome == "held" else "a dry run"
+        else:
+            self._tell(event, run, path, record)
+        if summary.approval:
+            event.approved_by, event.why = summary.approval.by, summary.approval.why
+        elif summary.forced:
+            event.approved_by = f"{summary.account} with --force"
+        return event
+
+    def _tell(self, event: Event, run: KeptRun, path: Path, record: Sequence[str]) -> None:
+        """What became of a change in a run that went on to write."""
+        summary, operation = cast("RunSummary", run.summary), event.operation
+        files = [file for file in summary.files if file.file == path.name]
+        tally = files[0].tally(operation) if files else Tally()
+        refused = {
+            row["error"]
+            for row in self._rows(run.folder / FAILURES_NAME)
+            if tally.failed and (row["operation"], row["key"]) == (operation, event.key)
+        }
+        tried = tally.applied + tally.failed
+        event.outcome = "not written"
+        if tally.left_alone:
+            event.reason = f"left alone, config.xml had no <{operation.title()}> for this file"
+        elif refused:
+            event.outcome, event.reason = "failed", " / ".join(refused)
+        elif not files or (tried < tally.found and self._position(path, record) >= tried):
+            event.reason = "the run stopped before this row"
+        else:
+            event.outcome = "written"
+            if files[0].not_converged and any(
+                (row["file"], row["operation"], row["key"]) == (path.name, operation, event.key)
+                for row in self._rows(run.folder / NOT_CONVERGED_NAME)
+            ):
+                event.reason = "did not converge, the row still differs after the call"
+
+    @staticmethod
+    def _position(path: Path, record: Sequence[str]) -> int:
+        """How many changes of the same operation stand before this one: they were tried first."""
+        for position, (before, after) in enumerate(read_changes(path, record[0])):
+            if (*before, *after) == tuple(record[1:]):
+                return position
+        return 0
+
+    @staticmethod
+    def _rows(path: Path) -> list[dict[str, str]]:
+        if not path.is_file():
+            return []
+        with local_errors(path), path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+# ==================================== CONNECTIONS
+# Servers and databases; every operation is bounded in time.
+
+
+# ------------------------------------ SSH keys: HostKeys
 # Given: the settings of an SFTP server, the home folder, known_hosts as ssh or PowerShell wrote it.
 # Gives: the private key to log in with, the host keys pinned for a server, the key it shows.
 # Raises: ConfigError for this machine's files, TransferError for a server that cannot be trusted.
@@ -1698,6 +3458,24 @@ class HostKeys:
         plain = dict.fromkeys(name for name in names if not name.startswith("|"))
         return [*map(printable, plain), *([plural(hashed, "hashed name")] if hashed else [])]
 
+    def require(self, host: str, port: int, setting: str, trust: str) -> list[paramiko.PKey]:
+        """The keys of a server, at least one; `setting` names it, the command `trust` pins it."""
+        found = self.of(host, port)
+        if found:
+            return found
+        pin = f"pin the server's key: {trust}"
+        if not self.path.exists():
+            raise ConfigError(f"{self.path}: cannot be read: the file does not exist", pin)
+        hosts = self.hosts()
+        if not hosts:
+            raise TransferError(f"{self.path}: has no host key", pin)
+        more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
+        raise TransferError(
+            f"{self.path}: has no host key for {self.name(host, port)}, only for "
+            f"{', '.join(hosts[:10])}{more}",
+            f"check {setting}; if it is right, {pin}",
+        )
+
     def check(self, host: str, port: int, key: paramiko.PKey, remedy: str) -> None:
         """Raise TransferError, with that remedy, unless `key` is one of those pinned."""
         pinned = self.of(host, port)
@@ -1756,18 +3534,34 @@ class HostKeys:
         return False
 
     def _write(self, lines: Sequence[str]) -> None:
-        """The whole file at once: readable by its owner alone if new, else as it was."""
+        """The whole file at once: readable by its owner alone if new, else as it was.
+
+        Root may do this in a folder of another account's: the new file follows no link, and is
+        that account's.
+        """
         import stat
+        import tempfile
 
         lines = [line for line in lines if line.strip()]
-        with new_file(self.path) as file:
+        folder = self.path.parent
+        with local_errors(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
             there = self.path.exists()
-            like = (self.path if there else self.path.parent).stat()
-            part = Path(file.name)
-            if os.name != "nt" and like.st_uid != part.stat().st_uid:
-                os.chown(part, like.st_uid, like.st_gid)  # Made by root, read by the job's account.
-            part.chmod(stat.S_IMODE(like.st_mode) if there else 0o600)
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+            like = (self.path if there else folder).stat()
+            number, name = tempfile.mkstemp(suffix=PART, dir=folder)  # 0600
+            try:
+                with open(number, "wb") as file:  # noqa: PTH123 - a descriptor
+                    if os.name != "nt":
+                        if like.st_uid != os.geteuid():
+                            os.fchown(number, like.st_uid, like.st_gid)
+                        if there:
+                            os.fchmod(number, stat.S_IMODE(like.st_mode))
+                    text = "".join(f"{line}\n" for line in lines)
+                    file.write(text.encode("utf-8", "surrogateescape"))
+                Path(name).replace(self.path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
         self._lines = lines
 
 
@@ -1849,7 +3643,7 @@ def ssh_error(subject: str, error: Exception, seconds: float, name: str) -> Tran
     return TransferError(f"{subject}: {reason}", remedy, transient=True)
 
 
-# ---------------------------------------------------------------------- SFTP requests: SftpRequests
+# ------------------------------------ SFTP requests: SftpRequests
 # Given: the channel of an SFTP session, and what is to be read or written.
 # Gives: files in both directions, with many requests in flight at once.
 # Raises: what paramiko raises: OSError, EOFError, SFTPError.
@@ -1865,14 +3659,17 @@ class SftpRequests:
     """Requests of which several are in flight at once, on the channel of an idle SFTPClient.
 
     Answers may come in any order; each is handed, as its type and content, to the function that
-    was given with the request.  After an exception answers may be outstanding: hang up.
+    was given with the request.  `moved` is called for each packet sent and each whole answer: bytes
+    alone may drip.  After an exception answers may be outstanding: hang up.
     Source: draft-ietf-secsh-filexfer-02.
     """
 
     OPEN, CLOSE, READ, WRITE, STAT = 3, 4, 5, 6, 17
     STATUS, HANDLE, DATA, ATTRIBUTES = 101, 102, 103, 105
 
-    def __init__(self, channel: paramiko.Channel, most: int, moved: Callable[[], None]) -> None:
+    def __init__(
+        self, channel: paramiko.Channel, most: int, moved: Callable[[], None] = lambda: None
+    ) -> None:
         self.most = most
         self._channel, self._moved = channel, moved
         self._waiting: dict[int, Callable[[int, bytes], None]] = {}
@@ -1911,7 +3708,6 @@ class SftpRequests:
         received = self._channel.recv(1 << 21)
         if not received:
             raise EOFError
-        self._moved()
         self._incoming += received
         try:
             self._hand_on()
@@ -1943,9 +3739,16 @@ class SftpRequests:
             then = self._waiting.pop(number, None)
             if then is None:
                 raise paramiko.SFTPError("the server answered what nobody asked")
+            self._moved()
             then(kind, bytes(memoryview(buffer)[begin + 9 : end]))
             begin = end
         del buffer[:begin]
+
+    @staticmethod
+    def path(text: str) -> bytes:
+        """A string as requests hold it."""
+        encoded = text.encode("utf-8")
+        return struct.pack(">I", len(encoded)) + encoded
 
     @staticmethod
     def check(kind: int, content: bytes, wanted: int) -> None:
@@ -1954,18 +3757,14 @@ class SftpRequests:
 
         if kind == wanted != SftpRequests.STATUS:
             return
-        if kind != SftpRequests.STATUS:
+        code = struct.unpack_from(">I", content)[0] if kind == SftpRequests.STATUS else 0
+        if code == 0:
+            if kind == wanted:
+                return
             raise paramiko.SFTPError("the server's answer is garbled")
-        (code,) = struct.unpack_from(">I", content)
-        if code == 0 and wanted == kind:
-            return
         text = content[8 : 8 + int.from_bytes(content[4:8], "big")].decode("utf-8", "replace")
         numbers = {2: errno.ENOENT, 3: errno.EACCES}
         raise OSError(numbers[code], text) if code in numbers else OSError(text or f"code {code}")
-
-
-def sftp_string(text: bytes) -> bytes:
-    return struct.pack(">I", len(text)) + text
 
 
 class SftpReads:
@@ -2028,7 +3827,7 @@ class SftpReads:
         most = SFTP_FILES if self.requests.most > 1 else 1
         while self._opened < min(len(self.files), self._taken + most) and self.requests.free:
             file = self.files[self._opened]
-            fields = sftp_string(file.path.encode("utf-8")) + struct.pack(">II", 1, 0)
+            fields = SftpRequests.path(file.path) + struct.pack(">II", 1, 0)
             self.requests.ask(SftpRequests.OPEN, [fields], file.opened)
             self._opened += 1
         while self._reading < self._opened and self._held < self.requests.most:
@@ -2096,15 +3895,16 @@ class SftpWrites:
 
     def oldest(self) -> SftpWrites.File | None:
         """The first file that is not finished; None when all are."""
-        self._ask()
+        if not self._unfinished:
+            self._ask()
         return self._unfinished[0] if self._unfinished else None
 
     def finish(self, file: SftpWrites.File) -> None:
         while file.confirmed is None:
             if file.error:
                 raise file.error
-            self.requests.exchange()
             self._ask()
+            self.requests.exchange()
         self._unfinished.popleft()
 
     def _ask(self) -> None:
@@ -2117,7 +3917,7 @@ class SftpWrites:
                 self._unfinished.append(opened)
                 self._unsent.append(opened)
                 # for writing, made if missing, emptied if there
-                fields = sftp_string(opened.path.encode("utf-8")) + struct.pack(">II", 0x1A, 0)
+                fields = SftpRequests.path(opened.path) + struct.pack(">II", 0x1A, 0)
                 self._request(opened, SftpRequests.OPEN, [fields], SftpRequests.HANDLE)
             else:
                 break
@@ -2153,19 +3953,13 @@ class SftpWrites:
                 file.unanswered -= 1
                 self._close(file)
             elif kind == SftpRequests.CLOSE:
-                path = sftp_string(file.path.encode("utf-8"))
+                path = SftpRequests.path(file.path)
                 self._request(file, SftpRequests.STAT, [path], SftpRequests.ATTRIBUTES)
             else:
                 flags, size = struct.unpack_from(">IQ", content)
                 file.confirmed = size if flags & 1 else -1
 
         self.requests.ask(kind, fields, then)
-
-
-# ---------------------------------------------------------------------- SFTP: Sftp
-# Given: the settings of a server and the home folder.
-# Gives: listings, files in both directions, directories; every exchange is bounded in time.
-# Raises: TransferError for the server's and the network's faults, ConfigError for the key files.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2177,6 +3971,12 @@ class RemoteEntry:
     is_file: bool
     size: int
     modified: float
+
+
+# ------------------------------------ SFTP: Sftp
+# Given: the settings of a server and the home folder.
+# Gives: listings, files in both directions, directories; every exchange is bounded in time.
+# Raises: TransferError for the server's and the network's faults, ConfigError for the key files.
 
 
 class Sftp:
@@ -2206,9 +4006,12 @@ class Sftp:
         import paramiko
 
         settings = self.settings
-        host_keys = self._host_keys()
+        host_keys = HostKeys(self.home / settings.known_hosts)
+        pinned = host_keys.require(
+            settings.host, settings.port, settings.host_from + settings.place, self._trust()
+        )
         private_key = None if settings.password else load_private_key(settings, self.home)
-        kinds = {key.get_name() for key in host_keys.of(settings.host, settings.port)}
+        kinds = {key.get_name() for key in pinned}
         self._watchdog = Watchdog(settings.timeout_seconds, self._hang_up)
         with self._operation(f"{self.where}: cannot connect"):
             self._transport = transport = ssh_transport(settings.host, settings.port, kinds)
@@ -2232,36 +4035,10 @@ class Sftp:
             self._channel().settimeout(settings.timeout_seconds)
         log.info("%s: logged in as %s", self.where, settings.username)
 
-    def _host_keys(self) -> HostKeys:
-        """The file of pinned keys, which has one of this server."""
-        settings = self.settings
-        host_keys = HostKeys(self.home / settings.known_hosts)
-        if not host_keys.path.exists():
-            raise ConfigError(
-                f"{host_keys.path}: cannot be read: the file does not exist",
-                f"pin the server's key: {self._trust()}",
-            )
-        if not host_keys.of(settings.host, settings.port):
-            name = HostKeys.name(settings.host, settings.port)
-            hosts = host_keys.hosts()
-            more = f" and {len(hosts) - 10} more" if len(hosts) > 10 else ""
-            raise TransferError(
-                f"{host_keys.path}: has no host key for {name}, only for "
-                f"{', '.join(hosts[:10])}{more}"
-                if hosts
-                else f"{host_keys.path}: has no host keys",
-                f"check {settings.host_from}{self._place()}; if it is right, pin the server's key: "
-                f"{self._trust()}",
-            )
-        return host_keys
-
     def _trust(self) -> str:
         """The command that fetches, shows and pins this server's key."""
         home = [] if self.home == default_home() else ["--home", str(self.home)]
-        return command_line([*PROGRAM, *self.settings.trust, *home])
-
-    def _place(self) -> str:
-        return f" ({self.settings.where})" if self.settings.where else ""
+        return own_command(*self.settings.trust, *home)
 
     def close(self) -> None:
         """Close the connection; work that waits on it fails at once."""
@@ -2295,7 +4072,7 @@ class Sftp:
                 if len(entries) > LISTING_ENTRIES:
                     raise TransferError(
                         f"{self.where}: {directory}: has more than {LISTING_ENTRIES:,} entries",
-                        f"clean up that directory, or {self._correct_directory()}",
+                        f"clean up that directory, or {self.settings.correct_directory}",
                     )
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -2316,7 +4093,7 @@ class Sftp:
         A file whose size is not the listed one is an error.  Many requests are in flight `ahead`
         of the block that is taken, in bounded memory: fast, but some servers choke on it.
         """
-        requests = SftpRequests(self._channel(), SFTP_REQUESTS if ahead else 1, self._feed)
+        requests = SftpRequests(self._channel(), SFTP_REQUESTS if ahead else 1)
         files = [SftpReads.File(f"{directory}/{entry.name}", entry.size) for entry in entries]
         reads = SftpReads(requests, files)
         try:
@@ -2511,7 +4288,7 @@ class Sftp:
             code = errno.ENOENT
         if code in (errno.ENOENT, errno.EACCES, errno.EPERM):
             words = "it does not exist" if code == errno.ENOENT else "permission denied"
-            remedy = f"{self._correct_directory()}, or ask for access to it"
+            remedy = f"{self.settings.correct_directory}, or ask for access to it"
             return TransferError(f"{subject}: {words}", remedy)
         refused = (
             isinstance(error, OSError) and code is None and not isinstance(error, TimeoutError)
@@ -2519,23 +4296,13 @@ class Sftp:
         if refused and self._transport and self._transport.is_active():
             remedy = "check the disk space and the permissions on the server"
             return TransferError(f"{subject}: {reason}", remedy, transient=True)
-        return ssh_error(subject, error, seconds, settings.host_from + self._place())
-
-    def _correct_directory(self) -> str:
-        return f"correct the directory in {self.settings.element}{self._place()}"
+        return ssh_error(subject, error, seconds, settings.host_from + settings.place)
 
 
-def fingerprint(key: paramiko.PKey) -> str:
-    """A host key's fingerprint as ssh-keygen -l prints it."""
-    import base64
-
-    digest = hashlib.sha256(key.asbytes()).digest()
-    return "SHA256:" + base64.b64encode(digest).decode("ascii").rstrip("=")
-
-
-# ---------------------------------------------------------------------- ODBC's messages
+# ------------------------------------ messages of ODBC: DriverMessage
 # Given: SQLSTATE and text of an error, as an ODBC driver raises it.
 # Gives: the text in one line, without the rows it quotes; what it means, and what to do about it.
+# Raises: nothing.
 
 
 class DriverMessage:
@@ -2658,7 +4425,7 @@ class DriverMessage:
         return f"{grant}, or {instead}" if procedure and right != "EXECUTE" else grant
 
 
-# ---------------------------------------------------------------------- ODBC
+# ------------------------------------ ODBC: Database
 # Given: a connection string, SQL, values as text.
 # Gives: rows in blocks, calls in transactions; each bounded in time, whatever the driver does.
 # Raises: DatabaseError, with the driver's words and a remedy.
@@ -2791,16 +4558,16 @@ class Database:
     def _blocks(
         self, subject: str, cursor: pyodbc.Cursor, each: Callable[[Sequence[Sequence[object]]], T]
     ) -> Iterator[T]:
+        blocks: Iterator[Any] = iter(lambda: cursor.fetchmany(FETCH_ROWS), [])
+
         def fetch() -> list[T]:
-            blocks: Iterator[Any] = iter(lambda: cursor.fetchmany(FETCH_ROWS), [])
             return [each(rows) for rows in itertools.islice(blocks, FETCHES)]
 
-        made = self._run(subject, fetch)
-        while len(made) == FETCHES:
-            ahead = self._submit(fetch)  # while the caller works on the last ones
+        # One more than it works on, so that the thread need not wait for its next order.
+        ahead = collections.deque([self._submit(fetch), self._submit(fetch)])
+        while made := self._result(subject, ahead.popleft()):
+            ahead.append(self._submit(fetch))
             yield from made
-            made = self._result(subject, ahead)
-        yield from made
 
     def drain(self, subject: str) -> None:
         """Read on to the end: an error after the first result shows only there."""
@@ -3000,7 +4767,378 @@ class Database:
         )
 
 
-# ---------------------------------------------------------------------- Oracle
+# ------------------------------------ query to CSV: write_query
+# Given: an open database and a query.
+# Gives: its rows in a CSV file.
+# Raises: DatabaseError, Error where the disk fails.
+
+_SPELLINGS: dict[type | None, Callable[[Any], str]] = {  # quick ones, for the most common types
+    str: str,
+    int: str,
+    decimal.Decimal: str,
+    bool: ("0", "1").__getitem__,
+    datetime.date: functools.lru_cache(10_000)(datetime.date.isoformat),  # A table has few days.
+}
+
+
+def write_query(
+    database: Database, subject: str, sql: str, path: Path, tick: Tick, date_format: str | None
+) -> int:
+    """Write the rows of a query as CSV, header first; returns how many."""
+    columns, blocks = database.query(
+        subject, sql, lambda rows: (len(rows), csv_lines(rows, date_format))
+    )
+    count = 0
+    with new_file(path) as file:
+        file.write(csv_lines([columns]))
+        for rows, lines in blocks:
+            file.write(lines)
+            count += rows
+            tick(rows)
+        database.drain(subject)
+    return count
+
+
+def csv_lines(rows: Sequence[Sequence[object]], date_format: str | None = None) -> bytes:
+    """Rows of database values, each as `to_text` spells it, as RFC 4180 and UTF-8.
+
+    The same as csv.writer makes of them, in a third of the time: a column is converted at once,
+    and looked at once for whether anything in it needs quotes.
+    """
+    columns: list[Sequence[str]] = []
+    for values in zip(*rows, strict=True):
+        try:
+            texts: Sequence[str] = values
+            joined = "".join(values)
+        except TypeError:  # not all of them are texts
+            texts = _column_texts(values, date_format)
+            joined = "".join(texts)
+        if any(character in joined for character in ',"\r\n'):
+            quoted = re.compile('[,"\r\n]').search
+            texts = ['"' + t.replace('"', '""') + '"' if quoted(t) else t for t in texts]
+        columns.append(texts)
+    if len(columns) == 1:  # An empty field alone in its row would be an empty line.
+        columns = [[text or '""' for text in columns[0]]]
+    lines = map(",".join, zip(*columns, strict=True))
+    return ("\r\n".join(lines) + "\r\n").encode()
+
+
+def _column_texts(values: Sequence[object], date_format: str | None) -> Sequence[str]:
+    """The values of a column, which mostly has one type and NULL, as `to_text` spells them."""
+    kinds = set(map(type, values)) - {type(None)}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    spell = None if date_format and kind is datetime.date else _SPELLINGS.get(kind)
+    spell = spell or functools.partial(to_text, date_format=date_format)
+    texts = ["" if value is None else spell(value) for value in values]
+    if kind is decimal.Decimal and "E" in "".join(texts):  # an exponent
+        texts = list(map(to_text, values))
+    return texts
+
+
+# ------------------------------------ SQL scripts: SqlScript
+#
+# Given: the text of a script, and the product that it is for.
+# Gives: its batches, and the procedures that it defines.
+# Raises: ConfigError where the file cannot be read.
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A part of a script that is sent at once, `times` times; its first line is `line`."""
+
+    text: str
+    line: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A procedure or function as a script or a database has it.
+
+    SQL Server keeps the whole statement, PostgreSQL the body; None where that cannot be told.
+    """
+
+    name: str
+    line: int
+    text: SqlScript | None
+
+
+class SqlScript:
+    r"""A script with `GO` between its batches, as sqlcmd and Management Studio read it.
+
+        SqlScript("SELECT 1\nGO 2\nSELECT 'a\nGO\nb'", MSSQL).batches()
+            == [Batch("SELECT 1\n", 1, 2), Batch("SELECT 'a\nGO\nb'", 3, 1)]
+
+    GO stands alone on its line, perhaps with how many times the batch is to run, and outside
+    comments, strings and quoted names.  Source: Microsoft, "SQL Server utilities statements - GO".
+    """
+
+    GO = re.compile(r"(?im)^[ \t]*GO(?:[ \t]+([0-9]{1,4}))?[ \t\r]*$")
+    NAME = rf"{Parse.IDENTIFIER}(?:\s*\.\s*{Parse.IDENTIFIER})*"
+    DEFINES = re.compile(
+        r"(?i)(?<!\w)(?:CREATE(?:\s+OR\s+(?:ALTER|REPLACE))?|ALTER)\s+"
+        rf"(?:PROC(?:EDURE)?|FUNCTION)\s+({NAME})"
+    )
+    # An open one reaches to the end.
+    STRING = r"'(?:[^']|'')*(?:'|\Z)"
+    QUOTED_NAME = r'"(?:[^"]|"")*(?:"|\Z)'
+    LEXEMES: typing.ClassVar = {
+        MSSQL: rf"(?P<string>{STRING})|(?P<name>{QUOTED_NAME}|\[(?:[^\]]|\]\])*(?:\]|\Z))",
+        POSTGRESQL: r"(?P<string>(?P<tag>\$(?:[^\W\d]\w*)?\$)(?s:.*?)(?:(?P=tag)|\Z)"
+        rf"|(?<!\w)[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)|{STRING})|(?P<name>{QUOTED_NAME})",
+    }
+    LEXEMES[""] = rf"(?P<string>{STRING})|(?P<name>{QUOTED_NAME}|`[^`]*(?:`|\Z))"
+
+    def __init__(self, text: str, product: str) -> None:
+        self.text, self.product = text, product
+        self.strings: list[tuple[int, int]] = []
+        # Of the same length: comments are blank, no line of a string or a quoted name is GO.
+        self.code = self._code()
+
+    @classmethod
+    def read(cls, path: Path, product: str) -> SqlScript:
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read: {error.strerror}",
+                f"copy {path.name}, which came with sgsync, into that folder",
+            ) from None
+        utf_16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        try:
+            return cls(raw.decode("utf-16" if utf_16 else "utf-8-sig"), product)
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise ConfigError(
+                f"{path}:{line}: neither UTF-8 nor UTF-16", "save the file as UTF-8"
+            ) from None
+
+    def batches(self) -> list[Batch]:
+        """Those that contain code, in order."""
+        found, start = [], 0
+        ends = [(go.start(), go.end(), int(go[1] or 1)) for go in self.GO.finditer(self.code)]
+        for end, following, times in [*ends, (len(self.text), len(self.text), 1)]:
+            code = self.code[start:end]
+            if code.strip():
+                start += len(code) - len(code.lstrip("\r\n"))
+                line = self.text.count("\n", 0, start) + 1
+                found.append(Batch(self.text[start:end], line, times))
+            start = following
+        return found
+
+    def definitions(self) -> list[Definition]:
+        """The procedures and functions that the script defines; of several, the last one counts."""
+        found: dict[str, Definition] = {}
+        for batch in self.batches():
+            script = SqlScript(batch.text, self.product)
+            for match in self.DEFINES.finditer(script.code):
+                line = batch.line + script.text.count("\n", 0, match.start())
+                text = script.defined(match)
+                if self.product == POSTGRESQL or not script.code[: match.start()].strip():
+                    found[match[1]] = Definition(match[1], line, text)
+        return list(found.values())
+
+    def defined(self, match: re.Match[str]) -> SqlScript | None:
+        """What the database keeps of the definition whose head is `match`."""
+        if self.product != POSTGRESQL:
+            return SqlScript(self.text[match.start() :], self.product)
+        following = self.DEFINES.search(self.code, match.end())
+        end = following.start() if following else len(self.code)
+        for start, stop in self.strings:
+            head = self.code[match.end() : start].split()
+            if match.end() <= start < end and head and head[-1].upper() == "AS":
+                text = self.text[start:stop]
+                tag = re.match(r"\$\w*\$", text)
+                body = text.strip("eE'").replace("''", "'") if tag is None else ""
+                if tag:
+                    body = text[tag.end() :].removesuffix(tag[0])
+                return SqlScript(body, self.product)
+        return None
+
+    def comparable(self) -> str:
+        """The script without what changes nothing: comments, white space, CREATE or ALTER."""
+        words = [self.text[m.start() : m.end()] for m in re.finditer(r"\S+", self.code)]
+        head = r"(?i)^(?:CREATE(?: OR ALTER)?|ALTER) PROC(?:EDURE)?(?= )"
+        return re.sub(head, "CREATE PROCEDURE", " ".join(words)).replace("\r\n", "\n").rstrip("; ")
+
+    def _code(self) -> str:
+        lexemes = self.LEXEMES.get(self.product, self.LEXEMES[""])
+        pattern = re.compile(rf"{lexemes}|(?P<comment>--[^\n]*|/\*)")
+        pieces, position = [], 0
+        while match := pattern.search(self.text, position):
+            pieces.append(self.text[position : match.start()])
+            end = match.end()
+            if match[0] == "/*":
+                end = self._end_of_comment(end)
+            whole = self.text[match.start() : end]
+            if match["comment"]:
+                pieces.append(re.sub(r"[^\n]", " ", whole))
+            elif match["name"]:
+                pieces.append(re.sub(r"\s", "_", whole))
+            else:
+                self.strings.append((match.start(), end))
+                pieces.append("'" + "x" * (len(whole) - 2) + "'" * (len(whole) > 1))
+            position = end
+        return "".join([*pieces, self.text[position:]])
+
+    def _end_of_comment(self, position: int) -> int:
+        """Comments nest, on SQL Server and on PostgreSQL."""
+        depth = 1
+        for mark in re.compile(r"/\*|\*/").finditer(self.text, position):
+            depth += 1 if mark[0] == "/*" else -1
+            if not depth:
+                return mark.end()
+        return len(self.text)
+
+
+# ------------------------------------ catalog: Catalog
+#
+# Given: an open database.
+# Gives: its procedures, and what is wrong with the call of one; the first rows of a query.
+# Raises: DatabaseError.
+
+
+@dataclasses.dataclass(frozen=True)
+class Routine:
+    """A procedure (or what is mistaken for one) in a database."""
+
+    schema: str
+    name: str
+    kind: str  # 'f' is a function
+    parameters: int
+    optional: int  # of them, at the end
+    variadic: bool
+    in_path: bool  # found without its schema
+    executable: bool
+    text: str | None  # None where the database does not show it
+
+    def takes(self, count: int) -> bool:
+        """Whether it can be called with so many values."""
+        fewest = self.parameters - self.optional - self.variadic
+        return count >= fewest and (self.variadic or count <= self.parameters)
+
+
+class Catalog:
+    """The procedures of a database."""
+
+    # Every query gives the fields of Routine.
+    QUERIES: typing.ClassVar = {
+        MSSQL: """SELECT s.name, o.name, RTRIM(o.type),
+    (SELECT COUNT(*) FROM {0}sys.parameters AS p
+     WHERE p.object_id = o.object_id AND p.parameter_id > 0),
+    0, CASE o.type WHEN 'SN' THEN 1 ELSE 0 END,
+    CASE WHEN s.name IN (SCHEMA_NAME(), 'dbo') THEN 1 ELSE 0 END,
+    COALESCE(HAS_PERMS_BY_NAME({1}QUOTENAME(s.name) + '.' + QUOTENAME(o.name), 'OBJECT',
+        'EXECUTE'), 1),
+    m.definition
+FROM {0}sys.objects AS o
+    INNER JOIN {0}sys.schemas AS s ON s.schema_id = o.schema_id
+    LEFT JOIN {0}sys.sql_modules AS m ON m.object_id = o.object_id
+WHERE o.type IN ('P', 'PC', 'X', 'SN')""",
+        POSTGRESQL: """SELECT n.nspname, p.proname, CAST(p.prokind AS text),
+    COALESCE(CARDINALITY(p.proallargtypes), p.pronargs), p.pronargdefaults,
+    CAST(p.provariadic <> 0 AS integer), CAST(pg_function_is_visible(p.oid) AS integer),
+    CAST(has_function_privilege(p.oid, 'EXECUTE')
+        AND has_schema_privilege(n.oid, 'USAGE') AS integer),
+    p.prosrc
+FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+WHERE p.prokind IN ('p', 'f') AND n.nspname NOT IN ('pg_catalog', 'information_schema')""",
+        "": """SELECT routine_schema, routine_name, 'p',
+    (SELECT COUNT(*) FROM information_schema.parameters AS p
+     WHERE p.specific_schema = r.routine_schema AND p.specific_name = r.specific_name
+        AND p.ordinal_position > 0),
+    0, 0, CASE WHEN routine_schema = DATABASE() THEN 1 ELSE 0 END, 1, routine_definition
+FROM information_schema.routines AS r WHERE routine_type = 'PROCEDURE'""",
+    }
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._known: dict[str, list[Routine]] = {}
+
+    def find(self, name: str) -> list[Routine]:
+        """What a call of `name` may reach; several where PostgreSQL has several of that name."""
+        parts = [self._plain(part) for part in re.findall(Parse.IDENTIFIER, name)]
+        routines = self._routines(parts[:-2])
+        schema = parts[-2] if len(parts) > 1 else ""
+        return [
+            routine
+            for routine in routines
+            if self._folded(routine.name) == parts[-1]
+            and (self._folded(routine.schema) == schema if schema else routine.in_path)
+        ]
+
+    def fault(self, name: str, passes: int | None) -> str:
+        """Why a call of `name` with so many values (None: any number) must fail, or ''."""
+        found = self.find(name)
+        procedures = [routine for routine in found if routine.kind != "f"]
+        if not found:
+            hidden = ", or this login may not execute it" if self.database.name == MSSQL else ""
+            return f"it does not exist{hidden}"
+        if not procedures:
+            return "it is a function, not a procedure"
+        if not any(routine.executable for routine in procedures):
+            return "this login may not execute it"
+        if passes is not None and not any(routine.takes(passes) for routine in procedures):
+            takes = " or ".join(sorted({str(routine.parameters) for routine in procedures}))
+            noun = "parameter" if takes == "1" else "parameters"
+            return f"it takes {takes} {noun}, but config.xml passes {passes}"
+        return ""
+
+    def first_rows(self, subject: str, sql: str, count: int) -> tuple[Row, list[Sequence[object]]]:
+        """The columns of a query, and its first rows, `count` at most."""
+        columns, blocks = self.database.query(subject, sql, list)
+        rows: list[Sequence[object]] = []
+        for block in blocks:
+            rows += block
+            if len(rows) >= count:
+                break
+        return columns, rows[:count]
+
+    def _routines(self, place: Sequence[str]) -> list[Routine]:
+        """All of this database, or of the one that the first parts of a name tell."""
+        prefix = "".join(f"[{part.replace(']', ']]')}]." for part in place)
+        if prefix not in self._known:
+            sql = self.QUERIES.get(self.database.name, self.QUERIES[""])
+            if self.database.name == MSSQL:
+                quoted = prefix.replace("'", "''")
+                sql = sql.format(prefix, f"N'{quoted}' + " if prefix else "")
+            _, rows = self.first_rows("the list of procedures", sql, 1_000_000)
+            self.database.rollback()
+            self._known[prefix] = [self._routine(row) for row in rows]
+        return self._known[prefix]
+
+    def _routine(self, row: Sequence[Any]) -> Routine:
+        schema, name, kind, parameters, optional, variadic, in_path, executable, text = row
+        if self.database.name == MSSQL:
+            optional = self._optional(text, parameters)
+        return Routine(
+            str(schema), str(name), str(kind), int(parameters), int(optional), bool(variadic),
+            bool(in_path), bool(executable), text if text is None else str(text),
+        )  # fmt: skip
+
+    @staticmethod
+    def _optional(text: str | None, parameters: int) -> int:
+        """How many parameters have a default: SQL Server tells only by the text of the procedure.
+
+        Where that leaves it open, all may have one.
+        """
+        script = SqlScript(text or "", MSSQL)
+        head = SqlScript.DEFINES.search(script.code)
+        body = re.compile(r"(?im)^\s*AS\b").search(script.code, head.end()) if head else None
+        return script.code.count("=", head.end(), body.start()) if head and body else parameters
+
+    def _plain(self, part: str) -> str:
+        """A part of a name, compared as the database compares it."""
+        if part[0] in '["':
+            part = part[1:-1]
+            return part if self.database.name == POSTGRESQL else part.lower()
+        return part.lower()
+
+    def _folded(self, name: str) -> str:
+        return name if self.database.name == POSTGRESQL else name.lower()
+
+
+# ------------------------------------ Oracle: Oracle
 # Given: who logs in where, a query with its binds.
 # Gives: all rows of the query; the log-in and each query bounded in time.
 # Raises: DatabaseError, with Oracle's words and a remedy.
@@ -3138,694 +5276,73 @@ class Oracle:
         return future.result()
 
 
-# ---------------------------------------------------------------------- local files: new_file
+# ------------------------------------ log-ins of SchooLinks: schoolinks_credentials
+# Given: <SchooLinks>, and variables of the environment.
+# Gives: who logs in to PowerSchool and to SchooLinks' server.
+# Raises: ConfigError that names every missing variable.
 
 
-@contextlib.contextmanager
-def local_errors(path: Path) -> Iterator[None]:
-    """Turns a failure of this machine's disk into an Error that names the file."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise Error(
-            f"{path}: {error.strerror or error}",
-            "see that the disk has space left and that the account which runs sgsync may write "
-            "to this folder",
-        ) from error
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under its name only when it is whole."""
-    part = path.with_name(path.name + PART)
-    try:
-        with local_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                yield file
-            _replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-
-
-def _replace(part: Path, path: Path) -> None:
-    """os.replace; on Windows a virus scanner may hold a new file for a moment."""
-    for pause in (0.1, 0.3, 1.0):
-        try:
-            part.replace(path)
-            return
-        except PermissionError:
-            if os.name != "nt":
-                raise
-            time.sleep(pause)
-    part.replace(path)
-
-
-# ---------------------------------------------------------------------- CSV: CsvFile, csv_writer
-#
-# Given a path; gives the header and the rows in blocks; raises DataError with file and line.
-#
-# A file is read in blocks of whole records.  Each block is checked and brought into one canonical
-# format, bytes in which \0 stands between fields, \n after rows, and \xff for a line break inside a
-# field (that byte occurs in no UTF-8, and \0 is refused).  Equal rows are then equal bytes, however
-# they were quoted, and the order of bytes is the order of the tuples of fields.
-
-CSV_LIMIT = 2**31 - 1
-csv.field_size_limit(CSV_LIMIT)
-
-_BREAK = b"\xff"
-_QUOTE = ord('"')  # `number in bytes` is ten times as fast as `bytes in bytes`.
-_BOM = b"\xef\xbb\xbf"
-_NOT_STRUCTURE = bytes(set(range(256)) - set(b',"\r\n'))
-_NOT_CANONICAL = bytes(set(range(256)) - set(b"\0\n"))
-_TO_CANONICAL = bytes.maketrans(b",", b"\0")
-_FROM_CANONICAL = bytes.maketrans(b"\0" + _BREAK, b",\n")
-_REGULAR = re.compile(rb'(?:"")?(?:,(?:"")?)*\r?\n')
-# Begins with the quote itself: so the search leaps from quote to quote.
-_LOOSE_QUOTE = re.compile(rb'"(?:(?<=[^,\r\n"]")|(?=([^,\r\n"])))')
-_LONE_RETURN = re.compile(rb"\r(?!\n)")
-_BLANKS_AT_END = re.compile(rb"(?<! ) +(?=[\0\n])")
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """`rows` records in canonical format; the first begins on line `line` of its file."""
-
-    data: bytes
-    line: int
-    rows: int
-
-    def line_at(self, offset: int) -> int:
-        """The line on which the row at `offset` begins."""
-        return self.line + self.data.count(b"\n", 0, offset) + self.data.count(_BREAK, 0, offset)
-
-
-def decode_row(row: bytes) -> Row:
-    r"""The fields of one canonical row: `b"1\0Lee"` is `("1", "Lee")`."""
-    return tuple(row.replace(_BREAK, b"\n").decode("utf-8").split("\0"))
-
-
-def encode_rows(rows: Sequence[bytes]) -> bytes:
-    r"""Canonical rows as csv.writer would write them: `b"1\0Lee, A"` is `b'1,"Lee, A"\r\n'`.
-
-    Works on all rows at once, and on single ones only where a field needs quotes.
-    """
-    text = b"\r\n".join([*rows, b""])
-    marks = [mark for mark in (b'"', b",", _BREAK) if mark in text]
-    if text.count(b"\r") > len(rows):
-        marks.append(b"\r")
-    for mark in marks:  # Quotes come first: what begins with one from then on needs no more.
-        rows = [_quoted(row, mark[0]) if mark[0] in row else row for row in rows]
-    return (b"\r\n".join([*rows, b""]) if marks else text).translate(_FROM_CANONICAL)
-
-
-def _quoted(row: bytes, mark: int) -> bytes:
-    """A canonical row with quotes around each field that holds the byte `mark`."""
-    fields = row.split(b"\0")
-    if mark == _QUOTE:
-        fields = [b'"%b"' % f.replace(b'"', b'""') if mark in f else f for f in fields]
-    else:
-        fields = [b'"%b"' % f if mark in f and f[:1] != b'"' else f for f in fields]
-    return b"\0".join(fields)
-
-
-class CsvFile:
-    """A CSV file: RFC 4180, UTF-8 with or without BOM, a header first, memory bounded.
-
-    `columns` is the header, () for a file of 0 bytes; `blocks()` gives the rows, once.  `trim`
-    drops blanks at the end of fields, then a field of `null_text` becomes empty.  Raises DataError
-    with file and line for everything that RFC 4180 does not allow, and for rows that have more or
-    fewer fields than the header.
-    """
-
-    def __init__(
-        self, path: Path, shown: str = "", *, trim: bool = False, null_text: str | None = None
-    ) -> None:
-        self.path, self.shown = path, shown or path.name
-        self.columns: Row = ()
-        self._trim, self._null_text = trim, null_text
-        self._line = 1  # of what `_records` gives next
-        self._regular_line = b""  # The structure of a row that has been found regular.
-        with local_errors(path):
-            self._file: BinaryIO = path.open("rb")
-        try:
-            self._records = self._raw_blocks()
-            self._rest = self._read_header()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> CsvFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def again(self) -> CsvFile:
-        """The same file from its beginning."""
-        return CsvFile(self.path, self.shown, trim=self._trim, null_text=self._null_text)
-
-    def blocks(self) -> Iterator[Block]:
-        """The rows, block by block."""
-        text = (self._null_text or "").encode("utf-8", "surrogatepass").replace(b"\n", _BREAK)
-        null = re.compile(rb"(?<![^\0\n])" + re.escape(text) + rb"(?=[\0\n])")
-        for raw in itertools.chain([self._rest] if self._rest else (), self._records):
-            block = self._canonical(raw, self._line)
-            self._line += raw.count(b"\n") if _BREAK in block.data else block.rows
-            data = block.data
-            if self._trim:
-                data = _BLANKS_AT_END.sub(b"", data)
-            if text:
-                data = null.sub(b"", data)
-            yield block if data is block.data else dataclasses.replace(block, data=data)
-
-    def fail(self, line: int, what: str, remedy: str) -> NoReturn:
-        raise DataError(f"{self.shown}:{line}: {what}", remedy)
-
-    def refuse_separator(self, header: str) -> None:
-        """Raise DataError if something else than commas separates the names of a header."""
-        separators = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-        found = "".join(mark for mark in separators if mark in header)
-        if found and "," not in header:
-            self.fail(
-                1,
-                f"the file is separated by {separators[found[0]]}, not commas: was it saved by "
-                "Excel?",
-                "export it again with commas (Excel uses the list separator of the Windows "
-                "regional settings)",
-            )
-
-    def _read_header(self) -> bytes:
-        """Settle the names of the columns; returns what follows them in the first block, raw."""
-        first = next(self._records, b"")
-        if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-            self.fail(1, "is UTF-16", "save or export it as UTF-8")
-        first = first.removeprefix(_BOM)
-        if not first:
-            return b""
-        end = quotes = 0
-        while end == 0 or quotes % 2:  # The first record ends behind an even number of quotes.
-            start, end = end, first.index(b"\n", end) + 1
-            quotes += first.count(b'"', start, end)
-        header = first[:end]
-        if re.search(rb'"[;\t|]"', header):  # No field may go on behind a quote.
-            self.refuse_separator(header.decode("utf-8", "replace"))
-        columns = decode_row(self._canonical(header, 1).data[:-1])
-        seen: set[str] = set()
-        for number, name in enumerate(columns, 1):
-            if not name or name in seen:
-                what = f"the column '{one_line(name)}' appears more than once"
-                what = what if name else f"column {number} has no name"
-                self.fail(1, f"the header is wrong: {what}", "give each column its own name")
-            seen.add(name)
-        self.columns = columns
-        self._line += header.count(b"\n")
-        return first[end:]
-
-    def _raw_blocks(self) -> Iterator[bytes]:
-        """The file in blocks that end where a record ends; the last one gets its line end."""
-        rest = b""
-        while True:
-            with local_errors(self.path):
-                read = self._file.read(BLOCK_BYTES)
-            raw = rest + read
-            end = self._last_record_end(raw, len(rest))
-            if not read:
-                break
-            if end == 0 and len(raw) > RECORD_BYTES:
-                self._fail_endless(
-                    raw,
-                    f"a record is longer than {RECORD_BYTES >> 20} MB",
-                    "look for a quote that is never closed; the file may not be CSV at all",
-                )
-            if end:
-                yield raw[:end]
-            rest = raw[end:]
-        cut_off = "check whether the file was cut off, and export it again"
-        if rest.count(b'"') % 2:
-            self._fail_endless(rest, "a quoted field is never closed", cut_off)
-        if rest.endswith(b"\r"):
-            line = self._line + rest.count(b"\n")
-            self.fail(line, "a carriage return without a line feed", cut_off)
-        if rest:
-            yield rest + b"\n"
-
-    @staticmethod
-    def _last_record_end(raw: bytes, begin: int) -> int:
-        """The offset behind the last whole record of `raw`, 0 where there is none.
-
-        `raw` starts outside quotes, so a line break behind an even number of quotes ends a record;
-        none does so before `begin`.
-        """
-        end = raw.rfind(b"\n", begin) + 1
-        odd = raw.count(b'"', 0, end) % 2 if b'"' in raw else 0  # `in` takes a tenth of `count`.
-        while odd:  # Inside a quoted field, which starts at the last quote or before.
-            quote = raw.rfind(b'"', begin, end)
-            before = raw.rfind(b"\n", begin, quote) + 1 if quote >= 0 else 0
-            if not before:
-                return 0
-            odd ^= raw.count(b'"', before, end) % 2
-            end = before
-        return end
-
-    def _fail_endless(self, raw: bytes, what: str, remedy: str) -> NoReturn:
-        """`raw` is one record without end; something in it may be the reason."""
-        self._check_nul(raw, self._line)
-        begin = raw[: 1 << 20].removeprefix(_BOM)
-        self._canonical_irregular(begin + b'"' * (begin.count(b'"') % 2), self._line)
-        self.fail(self._line, what, remedy)
-
-    def _canonical(self, raw: bytes, line: int) -> Block:
-        """One block in canonical format.
-
-        Nearly every block of a real file is regular: all its rows quote the same columns and no
-        field holds a comma, a quote or a line break.  One translation that leaves only those
-        characters shows it, and a second one makes the canonical format.
-        """
-        width = len(self.columns)  # 0 for the header itself
-        self._check_text(raw, line)
-        structure = raw.translate(None, _NOT_STRUCTURE)
-        first = structure[: structure.find(b"\n") + 1]
-        rows = len(structure) // len(first)
-        if first * rows == structure and self._is_regular(first, width, rows, raw):
-            return Block(raw.translate(_TO_CANONICAL, b'"\r'), line, rows)
-        data = self._canonical_irregular(raw, line)
-        block = Block(data, line, data.count(b"\n"))
-        if width:
-            self._check_width(block, width)
-        return block
-
-    def _check_nul(self, raw: bytes, line: int) -> None:
-        if b"\0" in raw:
-            self.fail(
-                line + raw.count(b"\n", 0, raw.index(b"\0")),
-                "contains a NUL character: this is a binary or UTF-16 file",
-                "export the file again as CSV in UTF-8",
-            )
-
-    def _check_text(self, raw: bytes, line: int) -> None:
-        self._check_nul(raw, line)
-        if not raw.isascii():
-            try:
-                raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                self.fail(
-                    line + raw.count(b"\n", 0, error.start),
-                    f"is not UTF-8: byte 0x{raw[error.start]:02x}",
-                    "export the file as UTF-8 (that byte looks like Windows-1252 or Latin-1)",
-                )
-
-    def _is_regular(self, first: bytes, width: int, rows: int, raw: bytes) -> bool:
-        """Whether `rows` rows of the structure `first` are well-formed, in all of `raw`."""
-        if first != self._regular_line:
-            if not _REGULAR.fullmatch(first) or (width and first.count(b",") != width - 1):
-                return False
-            self._regular_line = first
-        if b'"' not in first:
-            return not self._has_lone_return(raw, first)
-        # Two quotes a field: the one must open it and the other close it.
-        quoted = first.count(b'"') // 2 * rows
-        opened = raw.count(b',"') + raw.count(b'\n"') + raw.startswith(b'"')
-        closed = raw.count(b'",') + raw.count(b'"\r\n' if first.endswith(b"\r\n") else b'"\n')
-        if not opened == closed == quoted:
-            return False
-        return first.endswith((b'"\r\n', b'"\n')) or not self._has_lone_return(raw, first)
-
-    @staticmethod
-    def _has_lone_return(raw: bytes, first: bytes) -> bool:
-        r"""Whether the last, unquoted field of a row holds the row's \r, not its end.
-
-        Costs half of raw.count(b"\r\n").
-        """
-        if not first.endswith(b"\r\n"):
-            return False
-        decoder = io.IncrementalNewlineDecoder(None, translate=False)
-        decoder.decode(raw.decode("latin-1"))
-        return decoder.newlines != "\r\n"
-
-    def _canonical_irregular(self, raw: bytes, line: int) -> bytes:
-        """The same for any block: split at the quotes, every other piece stands inside them."""
-        pieces = raw.split(b'"')
-        outside, inside = pieces[0::2], pieces[1::2]
-        skeleton = b'"'.join(outside)  # Each " now stands for a quoted piece.
-        wrong = _LOOSE_QUOTE.search(skeleton) or _LONE_RETURN.search(skeleton)
-        if wrong:
-            before = skeleton[: wrong.start() + bool(wrong.re is _LOOSE_QUOTE and wrong[1])]
-            hidden = inside[: before.count(b'"')]
-            lines = before.count(b"\n") + sum(piece.count(b"\n") for piece in hidden)
-            if wrong.re is _LOOSE_QUOTE:
-                what = "a field contains a quote but is not quoted as a whole"
-                remedy = 'quote the whole field and double each quote in it: "a ""b"" c"'
-            else:
-                what, remedy = "a carriage return without a line feed", "end lines with CR LF or LF"
-            self.fail(line + lines, what, remedy)
-        outside = skeleton.translate(_TO_CANONICAL, b"\r").split(b'"')
-        inside = b'"'.join(inside).replace(b"\n", _BREAK).split(b'"') if inside else []
-        pieces[0::2], pieces[1::2] = outside, inside
-        # A doubled quote leaves an empty piece outside, between two inside.
-        pieces[2:-1:2] = [piece or b'"' for piece in outside[1:-1]]
-        return b"".join(pieces)
-
-    def _check_width(self, block: Block, width: int) -> None:
-        structure = block.data.translate(None, _NOT_CANONICAL)
-        if structure == (b"\0" * (width - 1) + b"\n") * block.rows:
-            return
-        offset = 0
-        for row in block.data[:-1].split(b"\n"):
-            fields = row.count(b"\0") + 1
-            if fields != width:
-                self.fail(
-                    block.line_at(offset),
-                    f"has {plural(fields, 'field')} where the header has {width}",
-                    "check whether the file was cut off or a value with a comma is not quoted",
-                )
-            offset += len(row) + 1
-
-
-@contextlib.contextmanager
-def csv_writer(
-    path: Path, quoting: Literal[0, 1] = csv.QUOTE_MINIMAL
-) -> Iterator[Callable[[Iterable[Sequence[object]]], None]]:
-    """Write a CSV file as RFC 4180 wants it; yields a function that takes rows."""
-    with new_file(path) as binary:
-        text = io.TextIOWrapper(binary, encoding="utf-8", newline="")
-        yield csv.writer(text, quoting=quoting).writerows
-        text.flush()
-        text.detach()
-
-
-# ---------------------------------------------------------------------- keys and order: Key
-#
-# Given the blocks of a CSV file and the columns of its key; gives the rows, sorted on request, in
-# windows whose order has been checked; raises DataError for two rows out of order, or of one key,
-# with both lines and both keys.
-
-
-class Key:
-    r"""The columns that identify a row, in sort order; those of `:int` sort as numbers.
-
-        key = Key(["id:int", "start"], ("id", "name", "start"), "b.csv")
-        key.of_rows(b"9\0Lee\0A\n10\0Ann\0B\n") == [(9, b"A"), (10, b"B")]
-
-    Keys compare as the tuples of their fields do: text by code point.  Raises DataError for a
-    column that the file, called `shown`, does not have.
-    """
-
-    def __init__(self, spec: Sequence[str] | None, columns: Row, shown: str) -> None:
-        self.names = tuple(name.removesuffix(":int") for name in spec) if spec else columns
-        missing = [name for name in self.names if name not in columns]
-        if missing:
-            raise DataError(
-                f"{shown}: the key column '{missing[0]}' is not in the header "
-                f"({', '.join(map(one_line, columns))})",
-                "correct the key, or the name of the column in the query",
-            )
-        self.indexes = tuple(columns.index(name) for name in self.names)
-        self._numeric = [name.endswith(":int") for name in spec or [""] * len(columns)]
-        # Text in columns side by side is one piece of the row, and compares as such.
-        first, last = self.indexes[0], max(self.indexes)
-        neighbors = tuple(range(first, first + len(self.indexes)))
-        self._is_piece = self.indexes == neighbors and not any(self._numeric)
-        self.begins_row = self._is_piece and first == 0
-        numbers = {i for i, numeric in zip(self.indexes, self._numeric, strict=True) if numeric}
-        fields = [
-            rb"-?[0-9]{1,40}" if i in numbers else rb"[^\0]*" if i < len(columns) - 1 else rb".*"
-            for i in range(last + 1)
-        ]
-        if self._is_piece:
-            fields[first:] = [rb"(" + rb"\0".join(fields[first:]) + rb")"]
-        else:
-            fields = [rb"(%b)" % f if i in self.indexes else f for i, f in enumerate(fields)]
-        rest = rb"\n" if last == len(columns) - 1 else rb"\0.*\n"
-        self._row = re.compile(rb"^" + rb"\0".join(fields) + rest, re.MULTILINE)
-
-    def of_rows(self, data: bytes, start: int = 0, end: int = CSV_LIMIT) -> list[Any]:
-        """The keys of the canonical rows in `data[start:end]`; ValueError where one is no number.
-
-        A key is bytes, a number, or a tuple of both: whatever is fastest for these columns.
-        """
-        found: list[Any] = self._row.findall(data, start, end)
-        has_breaks = data.find(_BREAK, start, end) >= 0
-        if self._is_piece:
-            return [key.replace(_BREAK, b"\n") for key in found] if has_breaks else found
-        if len(found) < data.count(b"\n", start, end):
-            raise ValueError("a key is not a whole number")
-        in_file = sorted(self.indexes)
-        columns: list[Any] = list(zip(*found, strict=True)) if len(in_file) > 1 else [found]
-        parts: list[Iterable[Any]] = []
-        for index, numeric in zip(self.indexes, self._numeric, strict=True):
-            column = columns[in_file.index(index)] if found else ()
-            if numeric:
-                column = map(int, column)
-            elif has_breaks:
-                column = [field.replace(_BREAK, b"\n") for field in column]
-            parts.append(column)
-        return list(zip(*parts, strict=True)) if len(parts) > 1 else list(parts[0])
-
-    def of(self, row: bytes) -> Any:
-        """The key of one canonical row."""
-        return self.of_rows(row + b"\n")[0]
-
-    def of_block(self, block: Block, file: CsvFile, start: int, end: int) -> list[Any]:
-        """`of_rows`; raises DataError with the line of a row whose key is not a number."""
-        try:
-            return self.of_rows(block.data, start, end)
-        except ValueError:
-            for row in block.data[start : end - 1].split(b"\n"):
-                with contextlib.suppress(ValueError):
-                    self.of(row)
-                    start += len(row) + 1
-                    continue
-                file.fail(
-                    block.line_at(start),
-                    f"the key {self.show(decode_row(row))} is not a whole number (:int)",
-                    "correct the value, or drop :int from the key",
-                )
-            raise
-
-    def show(self, row: Row) -> str:
-        """A row's key for a message: `studentNumber=1001, startDate=2026-01-15`."""
-        return ", ".join(
-            f"{one_line(name)}={one_line(shortened(row[index], 100))}"
-            for name, index in zip(self.names, self.indexes, strict=True)
+def schoolinks_address() -> tuple[str, int]:
+    """Host and port of SchooLinks' server, from the environment.  Raises ConfigError."""
+    address = required_variables("SCHOOLINKS_SFTP_ADDRESS")[0].removeprefix("sftp://").rstrip("/")
+    match = re.fullmatch(r"(?:\[([^\]\s]+)\]|([^:/@\s]+))(?::(\d{1,5}))?", address, re.ASCII)
+    if not match or not 0 < int(match[3] or 22) < 65536:
+        raise ConfigError(  # without the value: it may hold a password
+            "SCHOOLINKS_SFTP_ADDRESS is not an address", "set it to the host, or host:port, alone"
         )
+    return match[1] or match[2], int(match[3] or 22)
 
 
-class OrderedRows:
-    """The rows of one side, in a window of bytes, found to ascend strictly as they are passed.
+def schoolinks_credentials(
+    settings: SchooLinksSettings, home: Path, *, upload: bool
+) -> tuple[OracleLogin, SftpSettings | None]:
+    """The log-ins from the environment, that of SchooLinks only for an upload.
 
-    The window begins with the last row of the block before, so that each row has its neighbor.
+    Raises ConfigError that names every missing variable.
     """
-
-    def __init__(self, csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> None:
-        self.csv_file, self.key = csv_file, key
-        self.data, self.position = b"", 0
-        self.rows = 0  # read so far
-        self._blocks = blocks
-        self._window = Block(b"", 0, 0)
-
-    def fill(self) -> bool:
-        """Make sure that a row begins at `position`; False at the end of the file."""
-        if self.position < len(self.data):
-            return True
-        block = next(self._blocks, None)
-        if block is None:
-            return False
-        last = self.data[self.data.rfind(b"\n", 0, -1) + 1 :]
-        line = block.line - last.count(b"\n") - last.count(_BREAK)
-        self.data, self.position = last + block.data, len(last)
-        self._window = Block(self.data, line, block.rows)
-        self.rows += block.rows
-        return True
-
-    def check(self, end: int) -> list[Any]:
-        """The keys of the rows from `position` to `end`, each greater than the one before it."""
-        start = self.data.rfind(b"\n", 0, max(self.position - 1, 0)) + 1
-        keys = self.key.of_block(self._window, self.csv_file, start, end)
-        if not all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
-            self._refuse(start, keys)
-        return keys[1:] if start < self.position else keys
-
-    def ahead(self, size: int) -> tuple[list[bytes], list[Any]]:
-        """The next rows, those that begin within `size` bytes, and their keys, checked."""
-        last = min(self.position + size, len(self.data)) - 1
-        end = self.data.index(b"\n", last) + 1
-        keys = self.check(end)
-        return self.data[self.position : end - 1].split(b"\n"), keys
-
-    def take(self, rows: Sequence[bytes]) -> None:
-        """Go past the first of the rows that `ahead` gave."""
-        self.position += sum(map(len, rows)) + len(rows)
-
-    def _refuse(self, start: int, keys: Sequence[Any]) -> NoReturn:
-        """Name the first two rows from `start` on that do not ascend."""
-        index = next(i for i in range(1, len(keys)) if not keys[i - 1] < keys[i])
-        rows = self.data[start:].split(b"\n", index + 1)
-        before, row = (decode_row(row) for row in rows[index - 1 : index + 1])
-        offset = start + sum(map(len, rows[: index - 1])) + index - 1
-        lines = [self._window.line_at(at) for at in (offset, offset + len(rows[index - 1]) + 1)]
-        if keys[index - 1] == keys[index]:
-            if self._window.line < 1:  # They were sorted: their lines are forgotten.
-                lines = self._lines_of(keys[index])
-            self._refuse_duplicate(row, lines)
-        self.csv_file.fail(
-            lines[1],
-            f"not sorted: line {lines[0]} has the key {self.key.show(before)}, line {lines[1]} has "
-            f"{self.key.show(row)}",
-            "sort by the key, compared as code points (on SQL Server: ORDER BY ... COLLATE "
-            'Latin1_General_BIN2), or set sort="true" (for diff: --sort)',
+    names = ["POWERSCHOOL_READ_USER", "POWERSCHOOL_DB_PASSWORD", "POWERSCHOOL_PROD_DB"]
+    if upload:
+        names.append("SCHOOLINKS_SFTP_USERNAME")
+        if not settings.private_key:
+            names.append("SCHOOLINKS_SFTP_PASSWORD")
+        names.append("SCHOOLINKS_SFTP_ADDRESS")
+    login = OracleLogin(*required_variables(*names)[:3])
+    if not upload:
+        return login, None
+    host, port = schoolinks_address()
+    beside = home / "known_hosts"
+    login_advice = "check SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD"
+    if settings.private_key:
+        login_advice = (
+            "check SCHOOLINKS_SFTP_USERNAME, and that SchooLinks has the public key of this "
+            "private key"
         )
-
-    def _refuse_duplicate(self, row: Row, lines: Sequence[int]) -> NoReturn:
-        place, which = "", "two rows"
-        if lines:
-            place, which = f":{lines[1]}", f"lines {lines[0]} and {lines[1]}"
-        raise DataError(
-            f"{self.csv_file.shown}{place}: {which} have the same key {self.key.show(row)}",
-            "add the column that tells them apart to the key, or return only one row per key",
-        )
-
-    def _lines_of(self, key: object) -> list[int]:
-        """The lines of the first two rows that have `key`; [] if the file cannot be read again."""
-        if not self.csv_file.path.is_file():
-            return []
-        lines = []
-        with self.csv_file.again() as file:
-            for block in file.blocks():
-                keys = self.key.of_rows(block.data)
-                rows = block.data.split(b"\n") if key in keys else []
-                offset = 0
-                for found, row in zip(keys, rows, strict=False):
-                    if found == key:
-                        lines.append(block.line_at(offset))
-                    offset += len(row) + 1
-        return lines[:2]
+    server = SftpSettings(
+        host=host,
+        port=port,
+        username=os.environ["SCHOOLINKS_SFTP_USERNAME"],
+        password="" if settings.private_key else os.environ["SCHOOLINKS_SFTP_PASSWORD"],
+        private_key=settings.private_key,
+        passphrase=settings.passphrase,
+        known_hosts="known_hosts" if beside.is_file() else "ssh/known_hosts",
+        timeout_seconds=settings.timeout_seconds,
+        element="<SchooLinks>",
+        host_from="SCHOOLINKS_SFTP_ADDRESS",
+        key_advice="give the public key, the file with .pub, to SchooLinks",
+        login_advice=login_advice,
+        trust=("trust", "--job", "schoolinks"),
+    )
+    return login, server
 
 
-class Sorter:
-    r"""Sorts the rows of a CSV file by key, in memory that is bounded whatever their number.
-
-    As many rows as fit into SORT_BYTES are sorted at a time; such runs wait in one temporary file
-    and are merged piece by piece.  What is sorted are lines of Latin-1 text, which Python compares
-    fastest: the row itself where its bytes sort as its key does, else behind its key.  A line break
-    in a field is \x0b\x01 there, so that it sorts between \t and \x0b (which is \x0b\x02).
-    """
-
-    def __init__(self, csv_file: CsvFile, blocks: Iterator[Block], key: Key) -> None:
-        self._csv_file, self._blocks, self._key = csv_file, blocks, key
-        self._runs: list[list[int]] = []  # offset and end of what is left of each, in the file
-
-    def blocks(self) -> Generator[Block, None, None]:
-        """The rows in the order of their keys; equal keys stand side by side; lines are 0."""
-        with contextlib.ExitStack() as stack:
-            run: list[str] = []
-            size = 0
-            file: IO[bytes] | None = None
-            for block in self._blocks:
-                run += self._lines(block)
-                size += len(block.data) + 58 * block.rows  # what Python adds to a text in a list
-                if size >= SORT_BYTES:
-                    file = file or stack.enter_context(self._temporary_file())
-                    self._store(run, file)
-                    run, size = [], 0
-            if file:
-                self._store(run, file)
-                run = []
-            run.sort()
-            for lines in self._merged(file) if file else batched(run, FETCH_ROWS):
-                yield self._block(lines)
-
-    def _lines(self, block: Block) -> list[str]:
-        lines = self._escaped(block.data).split("\n")
-        del lines[-1]
-        if self._key.begins_row:
-            return lines
-        keys = self._key.of_block(block, self._csv_file, 0, len(block.data))
-        single = len(self._key.indexes) == 1 or isinstance(keys[0], bytes)
-        forms = map(self._form, keys) if single else ("\0".join(map(self._form, k)) for k in keys)
-        return list(map("%s\0%s".__mod__, zip(forms, lines, strict=True)))
-
-    @staticmethod
-    def _escaped(data: bytes) -> str:
-        return data.replace(b"\x0b", b"\x0b\x02").replace(_BREAK, b"\x0b\x01").decode("latin-1")
-
-    def _form(self, part: bytes | int) -> str:
-        """Text that sorts as `part`: a number begins with its sign and how many digits it has."""
-        if isinstance(part, bytes):
-            return self._escaped(part.replace(b"\n", _BREAK))
-        digits = len(str(abs(part)))
-        if part >= 0:
-            return f"{chr(64 + digits)}{part}"
-        return f"{chr(64 - digits)}{10**digits + part:0{digits}}"
-
-    def _block(self, lines: Sequence[str]) -> Block:
-        columns = 0 if self._key.begins_row else len(self._key.indexes)
-        if columns:
-            lines = [line.split("\0", columns)[columns] for line in lines]
-        data = "\n".join([*lines, ""]).encode("latin-1")
-        if b"\x0b" in data:
-            data = data.replace(b"\x0b\x01", _BREAK).replace(b"\x0b\x02", b"\x0b")
-        return Block(data, 0, len(lines))
-
-    def _temporary_file(self) -> IO[bytes]:
-        """A nameless file beside the CSV file, or where such files belong."""
-        import tempfile
-
-        folder = self._csv_file.path.parent
-        with local_errors(folder):
-            return tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None)
-
-    def _store(self, run: list[str], file: IO[bytes]) -> None:
-        run.sort()
-        with local_errors(self._csv_file.path):
-            begin = file.tell()
-            for lines in batched(run, FETCH_ROWS):
-                file.write("\n".join([*lines, ""]).encode("latin-1"))
-            self._runs.append([begin, file.tell()])
-
-    def _merged(self, file: IO[bytes]) -> Iterator[list[str]]:
-        """The lines of all runs in order: in each round those up to where one piece ends."""
-        size = min(SORT_BYTES // (4 * len(self._runs)), BLOCK_BYTES)
-        pieces: list[list[str]] = [[] for _ in self._runs]
-        while True:
-            for index, run in enumerate(self._runs):
-                if not pieces[index] and run[0] < run[1]:
-                    pieces[index] = self._piece(run, file, size)
-            pieces_left = [piece for piece in pieces if piece]
-            if not pieces_left:
-                return
-            horizon = min(piece[-1] for piece in pieces_left)
-            lines: list[str] = []
-            for piece in pieces_left:
-                if piece[0] <= horizon:
-                    count = bisect.bisect_right(piece, horizon)
-                    lines += piece[:count]
-                    del piece[:count]
-            lines.sort()  # It finds the stretches that ascend already, and merges them.
-            yield lines
-
-    def _piece(self, run: list[int], file: IO[bytes], size: int) -> list[str]:
-        """The next whole lines of a run, about `size` bytes; the run then begins behind them."""
-        while True:
-            size = min(max(size, 1), run[1] - run[0])
-            with local_errors(self._csv_file.path):
-                file.seek(run[0])
-                data = file.read(size)
-            end = data.rfind(b"\n") + 1
-            if end:
-                run[0] += end
-                return data[: end - 1].decode("latin-1").split("\n")
-            size *= 2
+# ==================================== STAGES
+# The steps of a run, each given connections and its part of the configuration.
 
 
-# ---------------------------------------------------------------------- stage: download
+# ------------------------------------ stage: download
+# Given: a connection to SameGoal.
+# Gives: the files of the newest complete extract.
+# Raises: TransferError, Error where the disk fails.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3869,7 +5386,9 @@ def download(
             begun = extract.epoch
         ahead = next(attempts) % 2 == 0  # Servers that choke on it get every other attempt.
         directory = f"{settings.download_directory}/{extract.epoch}"
-        missing = [entry for entry in extract.files if not _is_whole(folder / entry.name, entry)]
+        # An earlier attempt of this run may have brought some.
+        whole = {path.name: path.stat().st_size for path in folder.iterdir()}
+        missing = [entry for entry in extract.files if whole.get(entry.name) != entry.size]
         for entry, blocks in sftp.read_files(directory, missing, ahead=ahead):
             _download_file(blocks, folder, entry, track)
         log.info("downloaded %s of epoch %s", plural(len(extract.files), "file"), extract.epoch)
@@ -3929,11 +5448,6 @@ def _check_names(where: str, entries: list[RemoteEntry]) -> None:
         seen.add(entry.name.lower())
 
 
-def _is_whole(path: Path, entry: RemoteEntry) -> bool:
-    """Whether an earlier attempt of this run has brought the file."""
-    return path.is_file() and path.stat().st_size == entry.size
-
-
 def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, tick: Tick) -> None:
     target = folder / entry.name
     free = shutil.disk_usage(folder).free
@@ -3949,7 +5463,10 @@ def _download_file(blocks: Iterator[bytes], folder: Path, entry: RemoteEntry, ti
             tick(len(block))
 
 
-# ---------------------------------------------------------------------- stage: export
+# ------------------------------------ stage: export
+# Given: a database and a SQLDiff.
+# Gives: the rows of its query as a CSV file.
+# Raises: DatabaseError, Error where the disk fails.
 
 
 def export(database: Database, diff: SqlDiff, path: Path, tick: Tick) -> int:
@@ -3961,379 +5478,10 @@ def export(database: Database, diff: SqlDiff, path: Path, tick: Tick) -> int:
         database.rollback()  # Nothing was to be changed; let go of what reading may have locked.
 
 
-def write_query(
-    database: Database, subject: str, sql: str, path: Path, tick: Tick, date_format: str | None
-) -> int:
-    """Write the rows of a query as CSV, header first; returns how many."""
-    columns, blocks = database.query(
-        subject, sql, lambda rows: (len(rows), csv_lines(rows, date_format))
-    )
-    count = 0
-    with new_file(path) as file:
-        file.write(csv_lines([columns]))
-        for rows, lines in blocks:
-            file.write(lines)
-            count += rows
-            tick(rows)
-        database.drain(subject)
-    return count
-
-
-def csv_lines(rows: Sequence[Sequence[object]], date_format: str | None = None) -> bytes:
-    """Rows of database values, each as `to_text` spells it, as RFC 4180 and UTF-8.
-
-    The same as csv.writer makes of them, in a third of the time: a column is converted at once,
-    and looked at once for whether anything in it needs quotes.
-    """
-    columns: list[Sequence[str]] = []
-    for values in zip(*rows, strict=True):
-        try:
-            texts: Sequence[str] = values
-            joined = "".join(values)
-        except TypeError:  # not all of them are texts
-            texts = _column_texts(values, date_format)
-            joined = "".join(texts)
-        if any(character in joined for character in ',"\r\n'):
-            quoted = re.compile('[,"\r\n]').search
-            texts = ['"' + t.replace('"', '""') + '"' if quoted(t) else t for t in texts]
-        columns.append(texts)
-    if len(columns) == 1:  # An empty field alone in its row would be an empty line.
-        columns = [[text or '""' for text in columns[0]]]
-    lines = map(",".join, zip(*columns, strict=True))
-    return ("\r\n".join(lines) + "\r\n").encode()
-
-
-def _column_texts(values: Sequence[object], date_format: str | None) -> Sequence[str]:
-    """The values of a column, which mostly has one type and NULL, as `to_text` spells them."""
-    kinds = set(map(type, values)) - {type(None)}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    spell = None if date_format and kind is datetime.date else _SPELLINGS.get(kind)
-    spell = spell or functools.partial(to_text, date_format=date_format)
-    texts = ["" if value is None else spell(value) for value in values]
-    if kind is decimal.Decimal and "E" in "".join(texts):  # an exponent
-        texts = list(map(to_text, values))
-    return texts
-
-
-_SPELLINGS: dict[type | None, Callable[[Any], str]] = {  # quick ones, for the most common types
-    str: str,
-    int: str,
-    decimal.Decimal: str,
-    bool: ("0", "1").__getitem__,
-    datetime.date: functools.lru_cache(10_000)(datetime.date.isoformat),  # A table has few days.
-}
-
-
-def to_text(value: object, date_format: str | None = None) -> str:
-    """A database value as text, always in one way.
-
-    Dates are ISO 8601 or `date_format`, decimals plain without exponent, bits 0 or 1, NULL is
-    empty, binary is hexadecimal.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    if isinstance(value, datetime.date):  # a datetime, too
-        return value.strftime(date_format) if date_format else value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return f"{value:f}"
-    if isinstance(value, float):
-        return f"{decimal.Decimal(repr(value)):f}".removesuffix(".0")
-    if isinstance(value, (bytes, bytearray)):
-        return value.hex()
-    return str(value)
-
-
-# ---------------------------------------------------------------------- diff file: read_changes
-#
-# The diff file has one line for each change: `operation`, every column before, every column after.
-
-INSERT, UPDATE, DELETE = "insert", "update", "delete"
-OPERATIONS = (DELETE, UPDATE, INSERT)  # In this order they are applied: a key may be freed first.
-
-
-def read_changes(changes: Path, operation: str) -> Iterator[tuple[Row, Row]]:
-    """The rows before and after of each change of `operation` in a diff file."""
-    with local_errors(changes), changes.open(encoding="utf-8", newline="") as file:
-        records = csv.reader(file)
-        end = 1 + len(next(records)) // 2
-        for record in records:
-            if record[0] == operation:
-                yield tuple(record[1:end]), tuple(record[end:])
-
-
-@dataclasses.dataclass
-class Comparison:
-    """What the comparison of one file's two sides found.
-
-    `changes` is the diff file: the evidence, and all that later stages work from.
-    """
-
-    sql_diff: SqlDiff
-    columns: Row
-    key: Key
-    source_rows: int = 0
-    target_rows: int = 0
-    insert: int = 0
-    update: int = 0
-    delete: int = 0
-    format_differences: list[str] = dataclasses.field(default_factory=list)
-    changes: Path = Path("-")  # standard output, unless `compare` made it
-    source: Path = Path("-")  # likewise
-    _lines: Iterator[tuple[int, Row]] = dataclasses.field(default=iter(()), repr=False)
-
-    def add(self, changes: Iterable[bytes]) -> None:
-        """Count changes, canonical rows of the diff file."""
-        count = collections.Counter(map(operator.itemgetter(0), changes))
-        self.insert += count[ord("i")]
-        self.update += count[ord("u")]
-        self.delete += count[ord("d")]
-
-    def count(self, operation: str) -> int:
-        return int(getattr(self, operation))
-
-    def rows(self, operation: str) -> Iterator[Row]:
-        """The row that each change of `operation` is about: for a delete the target's."""
-        for before, after in read_changes(self.changes, operation):
-            yield before if operation == DELETE else after
-
-    def line_of(self, row: Row) -> int:
-        """The line of the source on which `row` begins, 0 where it is not there.
-
-        Quick if rows are asked for in the order of the file.
-        """
-        for _ in range(2):  # from the last row that was found; then from the first
-            for line, found in self._lines:
-                if found == row:
-                    return line
-            self._lines = self._numbered_rows()
-        return 0
-
-    def _numbered_rows(self) -> Iterator[tuple[int, Row]]:
-        trim, null_text = self.sql_diff.trim, self.sql_diff.null_text
-        with CsvFile(self.source, trim=trim, null_text=null_text) as file:
-            for block in file.blocks():
-                line = block.line
-                for raw in block.data[:-1].split(b"\n"):
-                    yield line, decode_row(raw)
-                    line += 1 + raw.count(_BREAK)
-
-    def summary(self) -> FileSummary:
-        """What summary.json tells of it, before anything is applied."""
-        summary = FileSummary(
-            file=self.sql_diff.file,
-            source_rows=self.source_rows,
-            target_rows=self.target_rows,
-            format_differences=self.format_differences,
-        )
-        for operation in OPERATIONS:
-            tally, count = summary.tally(operation), self.count(operation)
-            tally.found = count
-            tally.left_alone = 0 if operation in self.sql_diff.calls else count
-        return summary
-
-    def __str__(self) -> str:
-        return f"{self.insert:,} to insert, {self.update:,} to update, {self.delete:,} to delete"
-
-
-# ---------------------------------------------------------------------- stage: diff
-#
-# Given two sorted CSV files; gives the diff file and its counts; raises DataError where the files
-# cannot be compared, before anything but the diff file is written.
-
-
-def compare(source: Path, target: Path, changes: Path, sql_diff: SqlDiff) -> Comparison:
-    """`diff` into the file `changes`, where a source of 0 bytes is one without rows."""
-    with new_file(changes) as out:
-        comparison = diff(source, target, out, sql_diff, may_be_empty=True)
-    comparison.changes, comparison.source = changes, source
-    return comparison
-
-
-def diff(
-    source: Path,
-    target: Path,
-    changes: BinaryIO,
-    sql_diff: SqlDiff,
-    shown: Sequence[str] = (),
-    *,
-    may_be_empty: bool = False,
-) -> Comparison:
-    """Compare two sorted CSV files; write what makes `target` equal to `source`.
-
-    `changes` gets one line a change: `operation`, then every column before (`before_name`), then
-    every column after (`after_name`).  Memory is bounded whatever the size.  Raises DataError,
-    whose message calls the files `shown`, else `ia/iep.csv` and `ic/iep.csv`.  With
-    `may_be_empty` a source of 0 bytes is one without rows.
-    """
-    shown = shown or [f"{path.parent.name}/{path.name}" for path in (source, target)]
-    with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(
-                CsvFile(path, name, trim=sql_diff.trim, null_text=sql_diff.null_text)
-            )
-            for path, name in zip((source, target), shown, strict=True)
-        ]
-        columns = files[1].columns
-        if files[0].columns or not columns or not may_be_empty:
-            check_columns(*files)
-        key = Key(sql_diff.key, columns, shown[1])
-        sides = []
-        for file in files:
-            blocks = file.blocks()
-            if sql_diff.sort:
-                in_order = Sorter(file, blocks, key).blocks()
-                blocks = stack.enter_context(contextlib.closing(in_order))
-            sides.append(OrderedRows(file, blocks, key))
-        comparison = Comparison(sql_diff, columns, key)
-        formats = FormatDifferences(sql_diff, key, columns)
-        names = (f"{side}_{name}" for side in ("before", "after") for name in columns)
-        header = "\0".join(["operation", *names]).encode("utf-8").replace(b"\n", _BREAK)
-        changes.write(encode_rows([header]))
-        for found in merge(sides[0], sides[1], len(columns)):
-            left = formats.not_ignored(found)
-            formats.look_at(left)
-            comparison.add(left)
-            changes.write(encode_rows(left))
-    comparison.format_differences = formats.sentences()
-    comparison.source_rows, comparison.target_rows = sides[0].rows, sides[1].rows
-    return comparison
-
-
-def check_columns(source: CsvFile, target: CsvFile) -> None:
-    """Both sides must have the same columns in the same order."""
-    for file in (source, target):
-        if not file.columns:
-            raise DataError(f"{file.shown}: is empty: it has no header line", "export it again")
-    ours, theirs = source.columns, target.columns
-    if ours == theirs:
-        return
-    for file in (source, target):
-        if len(file.columns) == 1:
-            file.refuse_separator(file.columns[0])
-    missing = [name for name in theirs if name not in ours]
-    extra = [name for name in ours if name not in theirs]
-    if not set(ours) & set(theirs):  # Then the names may be a row of data.
-        what = f"none of {', '.join(map(one_line, theirs))}; its header may be missing"
-    elif missing or extra:
-        what = "; ".join(
-            f"{word} {', '.join(map(one_line, names))}"
-            for word, names in (("missing", missing), ("unexpected", extra))
-            if names
-        )
-    else:
-        moved = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        what = (
-            f"another order: column {moved + 1} is {one_line(ours[moved])}, not "
-            f"{one_line(theirs[moved])}"
-        )
-    source.fail(
-        1,
-        f"the columns differ from those of {target.shown}: {what}",
-        "make the query return the columns of SameGoal's file in the same order, or ask SameGoal "
-        "whether the file has changed",
-    )
-
-
-def merge(source: OrderedRows, target: OrderedRows, width: int) -> Iterator[list[bytes]]:
-    r"""The changes that make `target` equal to `source`, in the order of their keys, in lists.
-
-    A change is a canonical row of the diff file; `width` is the number of columns of the sides.
-
-        source     target     change
-        1,a        1,a
-        2,b        2,x        update\0  2\0x\0  2\0b
-        3,c                   insert\0  \0\0   3\0c
-                   4,d        delete\0  4\0d\0  \0
-
-    Stretches of equal rows are equal bytes: they are found by comparing memory and passed without
-    looking at a single row.  Where stretches are short, rows are compared by the block; where they
-    are long, a few at a time.
-
-    The order of the target's rows needs no check inside an equal stretch: they ascend as the
-    source's do, and the row before them was found to be less than the source's first of them.
-    """
-    size = NEAR_BYTES
-    passed = 0  # since the last difference
-    while source.fill() and target.fill():
-        same = common_prefix(source.data, source.position, target.data, target.position)
-        end = source.data.rfind(b"\n", source.position, source.position + same) + 1
-        if end:
-            source.check(end)
-            passed += end - source.position
-            target.position += end - source.position
-            source.position = end
-            continue
-        size = min(4 * size, BLOCK_BYTES) if passed < 4 * NEAR_BYTES else NEAR_BYTES
-        passed = 0
-        (ours, our_keys), (theirs, their_keys) = source.ahead(size), target.ahead(size)
-        # What comes behind the last key of one side may have its other half there.
-        if our_keys[-1] < their_keys[-1]:
-            del theirs[(count := bisect.bisect_right(their_keys, our_keys[-1])) :]
-            del their_keys[count:]
-        elif our_keys[-1] > their_keys[-1]:
-            del ours[(count := bisect.bisect_right(our_keys, their_keys[-1])) :]
-            del our_keys[count:]
-        source.take(ours)
-        target.take(theirs)
-        yield _changes((ours, our_keys), (theirs, their_keys), width)
-    for side in (source, target):
-        while side.fill():
-            rows, keys = side.ahead(BLOCK_BYTES)
-            side.take(rows)
-            none: tuple[list[bytes], list[Any]] = [], []
-            sides = ((rows, keys), none) if side is source else (none, (rows, keys))
-            yield _changes(*sides, width)
-
-
-def _changes(
-    source: tuple[list[bytes], list[Any]], target: tuple[list[bytes], list[Any]], width: int
-) -> list[bytes]:
-    """The changes between rows (and their keys), of each side all between the same two keys."""
-    ours, our_keys = source
-    theirs, their_keys = target
-    update, insert = itertools.repeat(b"update"), b"insert\0" + b"\0" * width
-    if our_keys == their_keys:
-        changes = zip(update, theirs, ours, strict=False)
-        return list(map(b"\0".join, itertools.compress(changes, map(operator.ne, theirs, ours))))
-    rest = dict(zip(their_keys, theirs, strict=True))
-    befores = list(map(rest.pop, our_keys, itertools.repeat(None)))
-    differ = list(map(operator.ne, befores, ours))
-    found = [
-        insert + after if before is None else b"update\0%b\0%b" % (before, after)
-        for before, after in itertools.compress(zip(befores, ours, strict=True), differ)
-    ]
-    if rest:  # the rows that only the target has
-        deletes = [b"delete\0%b\0" % before + b"\0" * (width - 1) for before in rest.values()]
-        keys = [*itertools.compress(our_keys, differ), *rest]
-        by_key = sorted(zip(keys, found + deletes, strict=True), key=operator.itemgetter(0))
-        found = [change for _, change in by_key]
-    return found
-
-
-def common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
-    """How many bytes of `a` from `i` on equal those of `b` from `j` on."""
-    limit = min(len(a) - i, len(b) - j)
-    same, step, growth = 0, 256, 4
-    while same < limit:
-        piece = a[i + same : i + min(same + step, limit)]
-        if b.startswith(piece, j + same):
-            same += len(piece)
-            step = min(growth * step, 1 << 16)
-        elif step > 256:
-            step, growth = max(step // 4, 256), 1  # The end is near: from here on ever closer.
-        else:
-            other = b[j + same : j + same + len(piece)]
-            difference = int.from_bytes(piece, "big") ^ int.from_bytes(other, "big")
-            return same + len(piece) - (difference.bit_length() + 7) // 8
-    return same
-
-
-# ---------------------------------------------------------------------- differences of format
-#
-# Given the changes of a comparison; gives those that no attribute such as `ignoreCase` ignores, and
-# sentences about values that are equal but written differently.
+# ------------------------------------ differences of format: FormatDifferences
+# Given: the changes of a comparison.
+# Gives: those that no attribute such as `ignoreCase` ignores, and sentences about values that are
+#     equal but written differently.  Raises: nothing.
 
 
 class FormatDifferences:
@@ -4361,6 +5509,13 @@ class FormatDifferences:
             "breaks": sql_diff.ignore_line_breaks,
         }
         self._ignored = {kind for kind, is_set in ignored.items() if is_set}
+        self._ignored_columns = {
+            index for index, name in enumerate(columns) if name in sql_diff.ignore_columns
+        }
+        tolerance = dict(sql_diff.tolerance)
+        self._tolerance = {
+            index: tolerance[name] for index, name in enumerate(columns) if name in tolerance
+        }
         self._updates = self._formal = 0
         # (column, kind): how many, and for the first of them its row's key and both values
         self._found: dict[tuple[int, str], tuple[Any, ...]] = {}
@@ -4368,7 +5523,7 @@ class FormatDifferences:
 
     def not_ignored(self, changes: list[bytes]) -> list[bytes]:
         """The changes without the updates of which the SQLDiff ignores every difference."""
-        if not self._ignored:
+        if not (self._ignored or self._ignored_columns or self._tolerance):
             return changes
         ignored = self._ignored.issuperset
         return [
@@ -4416,14 +5571,26 @@ class FormatDifferences:
                 self._dates.setdefault(index, set()).add((dates[0][1], dates[1][1]))
 
     def _kinds(self, change: bytes) -> dict[int, str]:
-        """The columns in which an update's two rows differ, and the kind of each difference."""
+        """The columns in which an update's two rows differ, and the kind of each difference.
+
+        Without the columns that are ignored, and the numbers that differ no more than tolerated.
+        """
         fields = change.split(b"\0")
         end = 1 + len(self._columns)
         return {
             index: self.kind(*decode_row(b"\0".join(pair)))
             for index, pair in enumerate(zip(fields[1:end], fields[end:], strict=True))
             if pair[0] != pair[1]
+            and index not in self._ignored_columns
+            and not (index in self._tolerance and self._tolerated(index, *pair))
         }
+
+    def _tolerated(self, index: int, before: bytes, after: bytes) -> bool:
+        numbers = [self._number(decode_row(field)[0]) for field in (before, after)]
+        if not all(isinstance(number, decimal.Decimal) for number in numbers):
+            return False
+        one, other = cast("list[decimal.Decimal]", numbers)
+        return abs(one - other) <= self._tolerance[index]
 
     def _advice(self, index: int, kind: str, word: str) -> str:
         if kind != "date":
@@ -4522,7 +5689,233 @@ class FormatDifferences:
         return re.sub("YYYY|YY|MM|DD|hh|mm|ss", lambda token: codes[token[0]], words)
 
 
-# ---------------------------------------------------------------------- stage: limits
+# ------------------------------------ stage: diff
+#
+# Given two sorted CSV files; gives the diff file and its counts; raises DataError where the files
+# cannot be compared, before anything but the diff file is written.
+
+
+def compare(source: Path, target: Path, changes: Path, sql_diff: SqlDiff) -> Comparison:
+    """`diff` into the file `changes`, where a source of 0 bytes is one without rows."""
+    with new_file(changes) as out:
+        comparison = diff(source, target, out, sql_diff, may_be_empty=True)
+    comparison.changes, comparison.source = changes, source
+    return comparison
+
+
+def diff(
+    source: Path,
+    target: Path,
+    changes: BinaryIO,
+    sql_diff: SqlDiff,
+    shown: Sequence[str] = (),
+    *,
+    may_be_empty: bool = False,
+) -> Comparison:
+    """Compare two sorted CSV files; write what makes `target` equal to `source`.
+
+    `changes` gets one line a change: `operation`, then every column before (`before_name`), then
+    every column after (`after_name`).  Memory is bounded whatever the size.  Raises DataError,
+    whose message calls the files `shown`, else `ia/iep.csv` and `ic/iep.csv`.  With
+    `may_be_empty` a source of 0 bytes is one without rows.
+    """
+    shown = shown or [f"{path.parent.name}/{path.name}" for path in (source, target)]
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(
+                CsvFile(path, name, trim=sql_diff.trim, null_text=sql_diff.null_text)
+            )
+            for path, name in zip((source, target), shown, strict=True)
+        ]
+        new_columns: Row = ()
+        if files[0].columns or not files[1].columns or not may_be_empty:
+            new_columns = leave_out_columns(sql_diff, *files)
+            check_columns(*files)
+        columns = files[1].columns
+        key = Key(sql_diff.key, columns, shown[1])
+        sides = []
+        for file in files:
+            in_order: Iterator[Block] | None = None
+            if sql_diff.sort:
+                in_order = stack.enter_context(contextlib.closing(Sorter(file, key).blocks()))
+            elif any(each.leaves_out for each in files):  # Raw rows are equal no more.
+                in_order = file.blocks()
+            sides.append(OrderedRows(file, key, in_order))
+        comparison = Comparison(sql_diff, columns, key, new_columns=new_columns)
+        formats = FormatDifferences(sql_diff, key, columns)
+        names = (f"{side}_{name}" for side in ("before", "after") for name in columns)
+        header = "\0".join(["operation", *names]).encode("utf-8").replace(b"\n", LINE_BREAK)
+        changes.write(encode_rows([header]))
+        for found in merge(sides[0], sides[1], len(columns)):
+            left = formats.not_ignored(found)
+            formats.look_at(left)
+            comparison.add(left)
+            changes.write(encode_rows(left))
+    comparison.format_differences = formats.sentences()
+    comparison.source_rows, comparison.target_rows = sides[0].rows, sides[1].rows
+    return comparison
+
+
+def leave_out_columns(sql_diff: SqlDiff, source: CsvFile, target: CsvFile) -> Row:
+    """Leave out what only one side has and config.xml names; returns the new columns among it."""
+    ours, theirs, ignored = source.columns, target.columns, sql_diff.ignore_columns
+    target.leave_out(name for name in theirs if name in ignored and name not in ours)
+    extra = [name for name in ours if name not in theirs]
+    new = [name for name in extra if name not in ignored]
+    if sql_diff.new_columns != "report" or not set(ours) & set(theirs):
+        new = []
+    source.leave_out(name for name in extra if name in ignored or name in new)
+    return tuple(new)
+
+
+def new_columns_warning(found: Comparison) -> str:
+    """What takes in the columns that only SameGoal's file has, in SQL Server's words."""
+    sql_diff, names = found.sql_diff, [one_line(name) for name in found.new_columns]
+    calls = [sql_diff.calls[name] for name in (INSERT, UPDATE) if name in sql_diff.calls]
+    procedures = list(dict.fromkeys(call.procedure or "its SQL" for call in calls))
+    lines = [
+        f"{sql_diff.file}: SameGoal's file has new columns, which are neither compared nor "
+        f"passed: {', '.join(names)}",
+        f"Try: to take them in, add these lines (the types are a guess), and order the query's "
+        f"columns as in ia/{sql_diff.file}:",
+    ]
+    for name in names:
+        lines += [
+            f"query ({sql_diff.where}): d.{name},",
+            f"procedure {' and '.join(procedures) or 'to be written'}: @{name} nvarchar(4000),",
+            f"table: ALTER TABLE ... ADD {name} nvarchar(4000) NULL",
+        ]
+    return "\n".join(lines)
+
+
+def check_columns(source: CsvFile, target: CsvFile) -> None:
+    """Both sides must have the same columns in the same order."""
+    for file in (source, target):
+        if not file.columns:
+            raise DataError(f"{file.shown}: is empty: it has no header line", "export it again")
+    ours, theirs = source.columns, target.columns
+    if ours == theirs:
+        return
+    for file in (source, target):
+        if len(file.columns) == 1:
+            file.refuse_separator(file.columns[0])
+    missing = [name for name in theirs if name not in ours]
+    extra = [name for name in ours if name not in theirs]
+    if not set(ours) & set(theirs):  # Then the names may be a row of data.
+        what = f"none of {', '.join(map(one_line, theirs))}; its header may be missing"
+    elif missing or extra:
+        what = "; ".join(
+            f"{word} {', '.join(map(one_line, names))}"
+            for word, names in (("missing", missing), ("unexpected", extra))
+            if names
+        )
+    else:
+        moved = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        what = (
+            f"another order: column {moved + 1} is {one_line(ours[moved])}, not "
+            f"{one_line(theirs[moved])}"
+        )
+    source.fail(
+        1,
+        f"the columns differ from those of {target.shown}: {what}",
+        "make the query return the columns of SameGoal's file in the same order, or ask SameGoal "
+        "whether the file has changed",
+    )
+
+
+def merge(source: OrderedRows, target: OrderedRows, width: int) -> Iterator[list[bytes]]:
+    r"""The changes that make `target` equal to `source`, in the order of their keys, in lists.
+
+    A change is a canonical row of the diff file; `width` is the number of columns of the sides.
+
+        source     target     change
+        1,a        1,a
+        2,b        2,x        update\0  2\0x\0  2\0b
+        3,c                   insert\0  \0\0   3\0c
+                   4,d        delete\0  4\0d\0  \0
+
+    Stretches of equal rows are equal bytes: they are found by comparing memory and passed without
+    looking at a single row.  Where stretches are short, rows are compared by the block; where they
+    are long, a few at a time.
+    """
+    size = NEAR_BYTES
+    passed = 0  # bytes since the last difference
+    while source.fill() and target.fill():
+        same = common_prefix(source.data, source.position, target.data, target.position)
+        if same and (end := source.pass_equal(same, target)):
+            passed += end
+            continue
+        size = min(4 * size, BLOCK_BYTES) if passed < 4 * NEAR_BYTES else NEAR_BYTES
+        passed = 0
+        our_keys, their_keys = source.ahead(size), target.ahead(size)
+        # What comes behind the last key of one side may have its other half there.
+        if our_keys[-1] < their_keys[-1]:
+            del their_keys[bisect.bisect_right(their_keys, our_keys[-1]) :]
+        else:
+            del our_keys[bisect.bisect_right(our_keys, their_keys[-1]) :]
+        ours, theirs = source.take(our_keys), target.take(their_keys)
+        if ours[:1] == theirs[:1]:  # The files are written differently: compare what they mean.
+            source.make_canonical()
+            target.make_canonical()
+        yield _changes(our_keys, ours, their_keys, theirs, width)
+    while source.fill():
+        keys = source.ahead(BLOCK_BYTES)
+        yield _changes(keys, source.take(keys), [], [], width)
+    while target.fill():
+        keys = target.ahead(BLOCK_BYTES)
+        yield _changes([], [], keys, target.take(keys), width)
+
+
+def _changes(
+    our_keys: list[Any], ours: list[bytes], their_keys: list[Any], theirs: list[bytes], width: int
+) -> list[bytes]:
+    """The changes between rows of which each side has all that lie between the same two keys."""
+    nothing = b"\0" * (width - 1)
+    insert, delete, tail = b"insert\0%b\0" % nothing, b"delete\0", b"\0" + nothing
+    if not their_keys:
+        return [insert + after for after in ours]
+    if not our_keys:
+        return [delete + before + tail for before in theirs]
+    if our_keys == their_keys:
+        changes = zip(itertools.repeat(b"update"), theirs, ours)
+        return list(map(b"\0".join, itertools.compress(changes, map(operator.ne, theirs, ours))))
+    rest = dict(zip(their_keys, theirs, strict=True))
+    befores = list(map(rest.pop, our_keys, itertools.repeat(None)))
+    differ = list(map(operator.ne, befores, ours))
+    found = [
+        insert + after if before is None else b"update\0%b\0%b" % (before, after)
+        for before, after in itertools.compress(zip(befores, ours, strict=True), differ)
+    ]
+    if rest:  # the rows that only the target has
+        found += [delete + before + tail for before in rest.values()]
+        keys = [*itertools.compress(our_keys, differ), *rest]
+        in_order = sorted(zip(keys, found, strict=True), key=operator.itemgetter(0))
+        found = [change for _, change in in_order]
+    return found
+
+
+def common_prefix(a: bytes, i: int, b: bytes, j: int) -> int:
+    """How many bytes of `a` from `i` on equal those of `b` from `j` on."""
+    limit = min(len(a) - i, len(b) - j)
+    same, step, growth = 0, 256, 4
+    while same < limit:
+        piece = a[i + same : i + min(same + step, limit)]
+        if b.startswith(piece, j + same):
+            same += len(piece)
+            step = min(growth * step, 1 << 16)
+        elif step > 256:
+            step, growth = max(step // 4, 256), 1  # The end is near: from here on ever closer.
+        else:
+            other = b[j + same : j + same + len(piece)]
+            difference = int.from_bytes(piece, "big") ^ int.from_bytes(other, "big")
+            return same + len(piece) - (difference.bit_length() + 7) // 8
+    return same
+
+
+# ------------------------------------ stage: over_limits
+# Given: what was compared, the limits, what earlier runs found.
+# Gives: what goes beyond a limit, in words.
+# Raises: Error where the disk fails.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4599,7 +5992,7 @@ def _bounds(
     inserts = own.max_inserts or limits.max_inserts
     if inserts and not (inserts.percent and found.target_rows < limits.min_rows):
         bounds[INSERT].append((inserts, "maxInserts"))
-    before = past[0].source_rows if past else 0
+    before = past[0].rows_left if past else 0
     if before and not found.target_rows:
         name = (
             f"the query returned no rows, after {before:,} in the last complete run, so the limit"
@@ -4638,7 +6031,10 @@ def too_old(extract: Extract, max_age_hours: int) -> str:
     )
 
 
-# ---------------------------------------------------------------------- stage: apply
+# ------------------------------------ stage: apply
+# Given: a database, and a comparison with its diff file.
+# Gives: calls for the rows that differ; the rows that were refused, in failures.csv.
+# Raises: DatabaseError where no row is to blame, or too many are; ConfigError.
 
 
 def check_parameters(found: Comparison) -> None:
@@ -4677,11 +6073,13 @@ class Failures:
         if operation != DELETE:
             self._append(self.folder / "failures" / file, found.columns, row)
         self.rows.add((file, operation, key))
-        log.error("%s of %s failed: %s: %s", operation, key, procedure, error.message)
+        named = error.message.startswith(procedure)
+        reason = error.message if named else f"{procedure}: {error.message}"
+        log.error("%s of %s failed: %s", operation, key, reason)
         if len(self.rows) > self.limit:
             raise DatabaseError(
                 f"stopped: more than maxFailures={self.limit} rows failed; the last one: "
-                f"{operation} of {key}: {procedure}: {error.message}",
+                f"{operation} of {key}: {reason}",
                 f"look at {self.folder / FAILURES_NAME}; the rows already written stay, and the "
                 "next run continues from there",
             )
@@ -4711,7 +6109,8 @@ class Applier:
         self.found, self.tally = found, tally
         self.file, self.key = found.sql_diff.file, found.key
         self.call = found.sql_diff.calls[operation]
-        default = found.key.names if operation == DELETE else found.columns
+        passed = [n for n in found.columns if n not in found.sql_diff.ignore_columns]
+        default = found.key.names if operation == DELETE else passed
         self._indexes = [found.columns.index(n) for n in self.call.parameters or default]
 
     def apply(self, rows: Sequence[Row]) -> None:
@@ -4825,7 +6224,10 @@ def apply(
                 tick(len(batch))
 
 
-# ---------------------------------------------------------------------- stage: statements
+# ------------------------------------ stage: run_statements
+# Given: a database and the statements of <Upload>.
+# Gives: their effect, and the CSV files of those with file=.
+# Raises: DatabaseError.
 
 
 def run_statements(
@@ -4868,7 +6270,10 @@ def _run_statement(
     return rows
 
 
-# ---------------------------------------------------------------------- stage: push
+# ------------------------------------ stage: push
+# Given: a connection to SameGoal and the folder of a run.
+# Gives: the folder on the server, COMPLETE last.
+# Raises: TransferError.
 
 
 def push(sftp: Sftp, upload_directory: str, folder: Path, tick: Tick) -> None:
@@ -4930,310 +6335,11 @@ def _push_files(
     sftp.write_files(uploads, ahead=ahead)
 
 
-# ---------------------------------------------------------------------- history: RunSummary, runs
-
-
-@dataclasses.dataclass
-class Tally:
-    """The rows of one operation: how many differ, and what became of them."""
-
-    found: int = 0
-    applied: int = 0
-    failed: int = 0
-    left_alone: int = 0  # where config.xml has no element for the operation
-
-
-@dataclasses.dataclass
-class FileSummary:
-    """What a run found and did for one file; counts are rows, times seconds."""
-
-    file: str
-    source_rows: int = 0
-    target_rows: int = 0
-    insert: Tally = dataclasses.field(default_factory=Tally)
-    update: Tally = dataclasses.field(default_factory=Tally)
-    delete: Tally = dataclasses.field(default_factory=Tally)
-    not_converged: int = 0
-    format_differences: list[str] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-
-    def tally(self, operation: str) -> Tally:
-        return cast("Tally", getattr(self, operation))
-
-    def total(self, what: str) -> int:
-        """The sum of `found`, `applied`, `failed` or `left_alone` over the operations."""
-        return sum(getattr(self.tally(operation), what) for operation in OPERATIONS)
-
-
-@dataclasses.dataclass
-class SectionSummary:
-    """One of SchooLinks' files."""
-
-    file: str
-    section: str
-    rows: int
-    without: dict[str, int]  # reason -> students without a row
-    null_days: int
-    uploaded: Literal["", "test", "live"] = ""
-
-
-@dataclasses.dataclass
-class Approval:
-    """Who let the changes of a held run pass, when, why, and how many rows beyond the limits."""
-
-    run: str
-    by: str
-    why: str
-    at: str
-    rows: int = 0
-
-
-@dataclasses.dataclass
-class RunSummary:
-    """What summary.json tells of a run; times are this machine's, with the zone's offset."""
-
-    command: str
-    version: str = __version__
-    epoch: str = ""
-    started: str = ""
-    account: str = ""
-    computer: str = ""
-    arguments: list[str] = dataclasses.field(default_factory=list)
-    outcome: str = "running"
-    exit_code: int | None = None
-    message: str = ""
-    remedy: str = ""
-    seconds: float = 0.0
-    source_epoch: str = ""
-    stale_epoch: str = ""  # the extract, where it was too old
-    over_limits: list[str] = dataclasses.field(default_factory=list)
-    forced: bool = False  # written although something was over a limit or too old (--force)
-    approval: Approval | None = None
-    files: list[FileSummary] = dataclasses.field(default_factory=list)
-    sections: list[SectionSummary] = dataclasses.field(default_factory=list)  # SchooLinks' files
-    statement_files: dict[str, int] = dataclasses.field(default_factory=dict)  # -> rows
-
-    def conclude(self, outcome: str, exit_code: int, message: str, remedy: str = "") -> None:
-        self.outcome, self.exit_code = outcome, exit_code
-        self.message, self.remedy = redact(message), redact(remedy)
-
-    def total(self, what: str) -> int:
-        """The sum of `found`, `applied`, `failed` or `left_alone` over all files."""
-        return sum(file.total(what) for file in self.files)
-
-    def changes(self, *, planned: bool = False) -> str:
-        """`3 rows inserted, 1 row updated, ...`: what was applied or, if `planned`, would be."""
-        if not self.total("found"):
-            return "nothing to do: both sides are equal"
-        parts = []
-        for operation, word in ((INSERT, "inserted"), (UPDATE, "updated"), (DELETE, "deleted")):
-            tallies = [file.tally(operation) for file in self.files]
-            count = sum(t.found - t.left_alone if planned else t.applied for t in tallies)
-            parts.append(f"{plural(count, 'row')} {'would be ' if planned else ''}{word}")
-        left = self.total("left_alone")
-        return ", ".join(parts + ([f"{plural(left, 'row')} left alone"] if left else []))
-
-
-def from_json(kind: Any, data: Any) -> Any:
-    """A value of type `kind` from what `dataclasses.asdict` and JSON made of it.
-
-    Names that a dataclass lacks are passed over: another version wrote them.
-    """
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        known = {name: value for name, value in data.items() if name in hints}
-        return kind(**{name: from_json(hints[name], value) for name, value in known.items()})
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is list:
-        return [from_json(arguments[0], item) for item in data]
-    if type(None) in arguments and data is not None:
-        return from_json(arguments[0], data)
-    return data
-
-
-class KeptRun:
-    """A run that history keeps."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.epoch = folder, folder.name
-
-    @functools.cached_property
-    def summary(self) -> RunSummary | None:
-        """What the run told of itself, or None where nothing readable is left of that."""
-        try:
-            text = (self.folder / SUMMARY_NAME).read_text(encoding="utf-8")
-            return cast("RunSummary", from_json(RunSummary, json.loads(text)))
-        except (OSError, ValueError, TypeError, AttributeError):
-            return None
-
-    @property
-    def complete(self) -> bool:
-        return (self.folder / COMPLETE).is_file()
-
-    @property
-    def held(self) -> bool:
-        return (self.folder / HELD).is_file()
-
-
-def runs(history: Path) -> list[KeptRun]:
-    """The runs that `history` keeps, newest first; a link or a junction to a run is none."""
-
-    def is_run(path: Path) -> bool:
-        found = path.lstat()
-        reparse = getattr(found, "st_file_attributes", 0) & 0x400  # FILE_ATTRIBUTE_REPARSE_POINT
-        return bool(EPOCH.fullmatch(path.name)) and stat.S_ISDIR(found.st_mode) and not reparse
-
-    with local_errors(history):
-        folders = sorted(filter(is_run, history.iterdir()), reverse=True)
-    return [KeptRun(folder) for folder in folders]
-
-
-def held_run(history: Path, epoch: str) -> KeptRun:
-    """The held run that `--approve` names; raises ConfigError where there is none."""
-    held = {run.epoch: run for run in runs(history) if run.held}
-    if epoch not in held:
-        raise ConfigError(
-            f"--approve {one_line(epoch)}: there is no held run of that name in {history}",
-            f"use one of the held runs: {', '.join(held)}" if held else "",
-        )
-    return held[epoch]
-
-
-def prune(history: Path, keep: int, current: Path) -> int:
-    """Delete all but the newest `keep` runs, never `current`; returns how many."""
-    # The current run comes first even where the clock was set back.
-    kept = sorted(runs(history), key=lambda run: run.folder != current)
-    pruned = 0
-    for run in kept[keep:]:
-        try:
-            shutil.rmtree(run.folder)
-            pruned += 1
-        except OSError as error:
-            log.warning("%s: this old run cannot be deleted: %s", run.folder, error.strerror)
-    if pruned:
-        log.info("deleted %s older than the newest %d", plural(pruned, "run"), keep)
-    return pruned
-
-
-class Run:
-    """The run under way: its folder and its summary."""
-
-    def __init__(self, history: Path, command: str, arguments: Sequence[str]) -> None:
-        self.history, self.folder = history, self._new_folder(history)
-        self._began = time.monotonic()
-        self.summary = RunSummary(
-            command=command,
-            epoch=self.folder.name,
-            started=local_time(time.time()).isoformat(timespec="seconds"),
-            account=account_name(),
-            computer=socket.gethostname(),
-            arguments=list(arguments),
-        )
-        self.save()
-
-    @staticmethod
-    def _new_folder(history: Path) -> Path:
-        """A second run in the same second waits for the next one."""
-        with local_errors(history):
-            history.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
-            while True:
-                folder = history / time.strftime("%Y%m%d-%H%M%S")
-                try:
-                    folder.mkdir(mode=OWNER_ONLY)
-                    return folder
-                except FileExistsError:
-                    time.sleep(0.1)
-
-    def save(self) -> None:
-        """Write summary.json; a run that is killed leaves the outcome `running` in it."""
-        self.summary.seconds = round(time.monotonic() - self._began, 3)
-        with new_file(self.folder / SUMMARY_NAME) as file:
-            text = json.dumps(dataclasses.asdict(self.summary), indent=1)
-            file.write(text.encode("ascii") + b"\n")
-
-    def conclude(self, outcome: str, exit_code: int, message: str, remedy: str = "") -> None:
-        """Settle the outcome."""
-        self.summary.conclude(outcome, exit_code, message, remedy)
-        self.save()
-
-    def complete(self) -> None:
-        """Mark the run's folder as whole."""
-        with local_errors(self.folder / COMPLETE):
-            (self.folder / COMPLETE).touch()
-
-    def earlier(self) -> list[KeptRun]:
-        """The other runs, newest first."""
-        return [run for run in runs(self.history) if run.folder != self.folder]
-
-    def failed(self, exception: BaseException) -> Error:
-        """Settle the outcome of a run that ends with `exception`; returns it as an Error."""
-        error = Error.of(exception)
-        if isinstance(exception, KeyboardInterrupt):
-            applied = self.summary.total("applied")
-            done = "nothing was written"
-            if applied:
-                done = f"{plural(applied, 'row')} written so far stay; the next run continues"
-                done += " from there"
-            error = InterruptError(done)
-        with contextlib.suppress(Error):  # a full disk
-            self.conclude(error.outcome, error.exit_code, error.message, error.remedy)
-            if isinstance(error, HeldError):
-                with new_file(self.folder / HELD) as file:
-                    file.write(redact(str(error)).encode("utf-8") + b"\n")
-        return error
-
-
-def account_name() -> str:
-    """Who runs this, by the operating system's names."""
-    try:
-        name = getpass.getuser()
-    except (OSError, KeyError, ImportError):  # an id without a name
-        return "unknown"
-    if os.name == "nt" and os.environ.get("USERDOMAIN"):
-        return f"{os.environ['USERDOMAIN']}\\{name}"
-    by = os.environ.get("SUDO_USER")
-    return f"{name} (sudo by {by})" if by and by != name else name
-
-
-@contextlib.contextmanager
-def only_run(run: Run, name: str) -> Iterator[None]:
-    """Hold the lock of this home; raises BusyError, naming the process that has it.
-
-    The operating system frees the lock of a process that dies.
-    """
-    import filelock
-
-    holder = run.history / f"{name}.lock.json"
-    lock = filelock.FileLock(run.history / f"{name}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:  # which is an OSError, too
-        who = "a process that is just starting"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found = json.loads(holder.read_text(encoding="utf-8"))
-            who = f"process {found['pid']}, since {found['since']} (run {found['epoch']})"
-        raise BusyError(
-            f"another {name} run is active in this home: {who}; nothing was done",
-            "wait for it to end; if it hangs, end that process: this also frees its lock",
-        ) from None
-    except OSError as error:
-        with local_errors(run.history / f"{name}.lock"):
-            raise error from None
-    try:
-        about = {"pid": os.getpid(), "since": run.summary.started, "epoch": run.summary.epoch}
-        with new_file(holder) as file:
-            file.write(json.dumps(about).encode("ascii"))
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            holder.unlink()
-        lock.release()
-
-
-# ---------------------------------------------------------------------- SchooLinks: StudentFiles
-# Given PowerSchool's database, makes the rows of SchooLinks' files: attendance, GPA and tags.
-# Raises DatabaseError where a query fails, and DataError where a query has more than one row for
-# a student, or for a student's day.
+# ------------------------------------ stage: StudentFiles
+# Given: PowerSchool's database.
+# Gives: the rows of SchooLinks' files: attendance, GPA and tags.
+# Raises: DatabaseError where a query fails, DataError where a query has more than one row for a
+#     student, or for a student's day.
 
 
 def plain_text(value: object) -> str:
@@ -5492,9 +6598,11 @@ GROUP BY s.{self.column}"""  # noqa: S608
         return section
 
 
-# ---------------------------------------------------------------------- SchooLinks: UploadGuard
-# Given tonight's files and the history, decides whether they may be uploaded, and uploads them.
-# Raises HeldError where SchooLinks would lose what it should keep, TransferError for the server.
+# ------------------------------------ stage: UploadGuard
+# Given: tonight's files, and the history.
+# Gives: whether they may be uploaded; the uploaded files.
+# Raises: HeldError where SchooLinks would lose what it should keep, TransferError.
+
 
 SMALL_GROUP = 10  # A value that fewer students share could tell who they are.
 
@@ -5663,7 +6771,672 @@ def upload_files(
     retried(attempt)
 
 
-# ---------------------------------------------------------------------- command line: Options
+# ------------------------------------ stage: REPORT
+# Given: what `write_report` has made of a run.
+# Gives: the page as a template: it loads nothing from elsewhere, has no script, prints, and is read
+#     in light and dark, on a phone, and by a screen reader.  Raises: nothing.
+
+
+REPORT = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>sgsync {{ s.epoch }}: {{ word }}</title>
+<style>
+:root { --page: #f4f6f9; --card: #fff; --text: #1b2130; --soft: #555f70; --line: #d9dee6;
+  --code: #eef1f6; --bar: #2f66b8; --good: #17683a; --warn: #875200; --bad: #b02318; }
+@media (prefers-color-scheme: dark) { :root { --page: #101319; --card: #191e27; --text: #e7eaf0;
+  --soft: #a4adbc; --line: #343c4a; --code: #242b37; --bar: #79aaf7; --good: #6fd08c;
+  --warn: #f0b35a; --bad: #ff8d83; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 2rem; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  padding: 1rem 1.25rem; margin: 0 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
+p { margin: .5rem 0; }
+.top { border-left: .4rem solid var(--tone); }
+.top h1 { color: var(--tone); }
+.top h1 small { color: var(--soft); font-size: 1rem; font-weight: 400; white-space: nowrap; }
+.good { --tone: var(--good); } .warn { --tone: var(--warn); } .bad { --tone: var(--bad); }
+.soft, dt, figcaption { color: var(--soft); }
+pre { background: var(--code); border-radius: .4rem; padding: .6rem .75rem; margin: .5rem 0;
+  white-space: pre-wrap; font: .875rem/1.45 ui-monospace, Consolas, Menlo, monospace; }
+ul { margin: .5rem 0; padding-left: 1.25rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; }
+dd { margin: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
+  overflow-wrap: break-word; }
+.words td, th.file { overflow-wrap: anywhere; }
+caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: top; }
+th { font-weight: 600; }
+thead th { color: var(--soft); font-size: .875rem; vertical-align: bottom; }
+th:first-child, .words th, .words td, th.file { text-align: left; }
+th.file { padding-top: .9rem; } th.file span { font-weight: 400; color: var(--soft); }
+tbody th { font-weight: 400; } tbody th.file, [aria-current] > * { font-weight: 600; }
+tbody tr:last-child > * { border-bottom: 0; }
+.zero { color: var(--soft); }
+.note { color: var(--bad); font-weight: 600; }
+.stages, .counts { table-layout: fixed; } .stages th:first-child { width: 8rem; }
+.words th:first-child { width: 40%; }
+.stages th:nth-child(3) { width: 6rem; }
+.stages td:nth-child(2) { vertical-align: middle; } .stages th:nth-child(2) { text-align: left; }
+.track { background: var(--code); border-radius: .25rem; height: .8rem; }
+.track div { background: var(--bar); border-radius: .25rem; height: 100%; min-width: 2px; }
+figure { margin: 0 0 .9rem; } figcaption b { color: var(--text); font-weight: 600; }
+svg { display: block; width: 100%; height: 4rem; border-bottom: 1px solid var(--line); }
+svg .runs { fill: var(--bar); } svg .bad { fill: var(--bad); }
+.span { display: flex; justify-content: space-between; font-size: .875rem; color: var(--soft); }
+@media (max-width: 40rem) { main { padding: .75rem .5rem 1rem; } section { padding: .75rem; }
+  table { font-size: .875rem; } th, td { padding: .3rem .25rem; } thead th { font-size: .75rem; }
+  .counts th:first-child { width: 24%; } dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .4rem; } .stages th:first-child { width: 6rem; } }
+@media print { :root { color-scheme: light; --page: #fff; --card: #fff; --text: #000;
+  --soft: #444; --line: #bbb; --code: #f2f2f2; --bar: #2f66b8; --good: #17683a; --warn: #875200;
+  --bad: #b02318; } body { font-size: 11pt; } main { max-width: none; padding: 0; }
+  section { border: 0; padding: 0; } .top { padding-left: .75rem; border-left: .3rem solid; }
+  tr, figure, pre { break-inside: avoid; } h2 { break-after: avoid; }
+  .track div { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+</style>
+</head>
+<body>
+<main>
+
+<section class="top {{ tone }}" aria-labelledby="outcome">
+<h1 id="outcome"><span aria-hidden="true">{{ mark }}</span> {{ word }}
+<small>run {{ s.epoch }}</small></h1>
+{%- for line in message %}
+<p>{{ line }}</p>
+{%- endfor %}
+{%- if remedy %}
+<p><b>What to do:</b> {{ remedy[0] }}</p>
+{%- for line in remedy[1:] %}
+<pre>{{ line }}</pre>
+{%- endfor %}
+{%- endif %}
+</section>
+
+{%- if over_limits %}
+
+<section aria-labelledby="limits">
+<h2 id="limits">Beyond the limits</h2>
+<ul>
+{%- for sentence in over_limits %}
+<li>{{ sentence }}</li>
+{%- endfor %}
+</ul>
+{%- if allowed %}
+<p>{{ allowed }}</p>
+{%- endif %}
+</section>
+{%- endif %}
+
+{%- if s.files %}
+
+<section aria-labelledby="changes">
+<h2 id="changes">Changes</h2>
+<table class="counts">
+<caption>Rows by file and operation{{ "; this run wrote nothing" if s.only_planned }}</caption>
+<thead><tr><th scope="col">Operation</th><th scope="col">Found</th><th scope="col">Applied</th>
+<th scope="col">Failed</th><th scope="col">Left alone</th></tr></thead>
+{%- for file in s.files %}
+<tbody>
+<tr><th class="file" scope="rowgroup" colspan="5">{{ file.file }}
+<span>{{ file.source_rows|number }} rows from SameGoal,
+{{ file.target_rows|number }} in the database, {{ file.seconds|time }}
+{%- if file.not_converged %}; <span class="note">{{ file.not_converged|number }} did not
+converge</span>{% endif %}</span></th></tr>
+{%- for operation in operations %}
+{%- set tally = file.tally(operation) %}
+<tr><th scope="row">{{ operation }}</th>
+{%- for count in (tally.found, tally.applied, tally.failed, tally.left_alone) %}
+<td class="{{ 'zero' if not count else 'note' if loop.index0 == 2 }}">{{ count|number }}</td>
+{%- endfor %}</tr>
+{%- endfor %}
+</tbody>
+{%- endfor %}
+</table>
+</section>
+{%- endif %}
+
+{%- for title, told, table, more, file in lists if table %}
+
+<section aria-labelledby="{{ file }}">
+<h2 id="{{ file }}">{{ title }}</h2>
+<table class="words">
+<caption>{{ told }}</caption>
+<thead><tr>{% for name in table[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row in table %}
+<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</tbody>
+</table>
+{%- if more %}
+<p>And {{ more|number }} more, see {{ file }} in this run's folder.</p>
+{%- endif %}
+</section>
+{%- endfor %}
+
+{%- if differences %}
+
+<section aria-labelledby="formats">
+<h2 id="formats">Differences of format</h2>
+<p class="soft">These updates change how a value is written, not the value, and come back every
+night until the setting at the end of the sentence is made.</p>
+<ul>
+{%- for sentence in differences %}
+<li>{{ sentence }}</li>
+{%- endfor %}
+</ul>
+</section>
+{%- endif %}
+
+{%- if stages %}
+
+<section aria-labelledby="stages">
+<h2 id="stages">Time</h2>
+<table class="stages">
+<caption>When each stage ran, within {{ s.seconds|time }}</caption>
+<thead><tr><th scope="col">Stage</th><th scope="col">From start to end</th>
+<th scope="col">Duration</th></tr></thead>
+<tbody>
+{%- for stage in stages %}
+<tr><th scope="row">{{ stage.name }}</th><td><div class="track"><div style="margin-left:
+{{- stage.left }}%;width:{{ stage.width }}%"></div></div></td><td>{{ stage.seconds|time }}</td></tr>
+{%- endfor %}
+</tbody>
+</table>
+</section>
+{%- endif %}
+
+{%- if charts %}
+
+<section aria-labelledby="trend">
+<h2 id="trend">Trend</h2>
+{%- for chart in charts %}
+<figure>
+<figcaption><b>{{ chart.name }}</b> {{ chart.told }}</figcaption>
+<svg viewBox="0 0 {{ chart.width }} {{ chart.height }}" preserveAspectRatio="none" role="img"
+aria-label="{{ chart.name }}: {{ chart.told }}"><path class="{{ chart.tone }}"
+d="{{ chart.path }}"/></svg>
+</figure>
+{%- endfor %}
+<div class="span"><span>{{ trend_from }}</span><span>{{ trend_to }}</span></div>
+</section>
+
+<section aria-labelledby="recent">
+<h2 id="recent">Latest runs</h2>
+<table>
+<thead><tr><th scope="col">Run</th><th scope="col">Outcome</th><th scope="col">Written</th>
+<th scope="col">Failed</th><th scope="col">Time</th></tr></thead>
+<tbody>
+{%- for run in recent %}
+<tr{% if run.epoch == s.epoch %} aria-current="true"{% endif %}>
+<th scope="row">{{ run.epoch }}</th><td>{{ run.outcome }}</td>
+<td>{{ run.total("applied")|number }}</td><td>{{ run.total("failed")|number }}</td>
+<td>{{ run.seconds|time }}</td></tr>
+{%- endfor %}
+</tbody>
+</table>
+</section>
+{%- endif %}
+
+<section aria-labelledby="about">
+<h2 id="about">About this run</h2>
+<dl>
+{%- for name, value in about if value %}
+<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{%- endfor %}
+</dl>
+</section>
+
+</main>
+</body>
+</html>
+"""
+
+
+# ------------------------------------ stage: write_report
+#
+# Given a run's summary, its folder, and the runs kept; gives report.html in that folder.  Raises
+# Error where the disk fails, ImportError without Jinja2.
+
+REPORT_ROWS = 200  # More rows of one kind are left to the CSV file.
+RECENT_RUNS = 14
+BAR_HEIGHT = 60
+
+
+class Report:
+    """The page that tells of one run; where keys are not shown, no part of a key is."""
+
+    OUTCOMES: Mapping[str, tuple[str, str, str]] = {  # outcome -> mark, tone, word
+        "complete": ("\u2713", "good", "Complete"),
+        "partial": ("!", "warn", "Finished, but not for every row"),
+        "dry run": ("\u2713", "good", "Dry run"),
+        "held": ("!", "warn", "Held, nothing was written"),
+        "busy": ("!", "warn", "Not started, another run was active"),
+        "paused": ("\u2713", "good", "Paused"),
+        "interrupted": ("\u2715", "bad", "Interrupted"),
+        "running": ("!", "warn", "Not finished"),
+    }
+
+    def __init__(
+        self, summary: RunSummary, folder: Path, kept: Sequence[KeptRun], *, keys: bool
+    ) -> None:
+        self.summary, self.folder, self.keys = summary, folder, keys
+        trend = [run.summary for run in reversed(kept) if run.summary and run.folder != folder]
+        trend = [*trend, summary]
+        trend.sort(key=lambda told: told.epoch)
+        others = ("dry run", "busy", "paused", "running")
+        self.trend = [told for told in trend if told.outcome not in others]
+
+    def write(self) -> Path:
+        """Write report.html; returns its path."""
+        path = self.folder / REPORT_NAME
+        with new_file(path) as file:
+            file.write(self.html().encode("utf-8"))
+        return path
+
+    def html(self) -> str:
+        import jinja2
+
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, finalize=self._shown
+        )
+        environment.filters |= {"number": "{:,}".format, "time": self._time}
+        summary = self.summary
+        mark, tone, word = self.OUTCOMES.get(summary.outcome, ("\u2715", "bad", "Failed"))
+        if summary.outcome == "dry run" and summary.exit_code:
+            mark, tone, word = "!", "warn", "Dry run; a real run would be held"
+        if summary.outcome == "held" and summary.total("applied"):
+            word = "Held, nothing was sent"
+        recent = self.trend[-1 : -RECENT_RUNS - 1 : -1]
+        return environment.from_string(REPORT).render(
+            s=summary, mark=mark, tone=tone, word=word, operations=(INSERT, UPDATE, DELETE),
+            message=self._without_keys(summary.message).split("\n"),
+            remedy=self._remedy(),
+            over_limits=[self._without_keys(sentence) for sentence in summary.over_limits
+                         if sentence not in summary.message],
+            allowed=self._allowed(), lists=[self._failures(), self._not_converged()],
+            differences=[difference for file in summary.files
+                         for difference in map(self._without_keys, file.format_differences)],
+            stages=list(self._stages()), about=self._about(), recent=recent,
+            charts=list(self._charts()) if len(self.trend) > 1 else [],
+            trend_from=self.trend[0].epoch if self.trend else "",
+            trend_to=self.trend[-1].epoch if self.trend else "",
+        )  # fmt: skip
+
+    def _remedy(self) -> list[str]:
+        """What to do, and the commands for it."""
+        summary = self.summary
+        if summary.remedy:
+            return summary.remedy.split("\n")
+        advice = []
+        if summary.total("failed"):
+            advice.append(
+                "Correct what the errors below say, in SameGoal or in the database; the next run "
+                "tries these rows again."
+            )
+        if any(file.not_converged for file in summary.files):
+            advice.append(
+                "A procedure does not write what the query reads: correct one of the two."
+            )
+        return [" ".join(advice)] if advice else []
+
+    @staticmethod
+    def _shown(value: object) -> object:
+        """Text in printable characters and without secrets; what is HTML already stays."""
+        return redact(printable(value)) if type(value) is str else value
+
+    @staticmethod
+    def _time(seconds: float) -> str:
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        if seconds < 60:
+            return f"{seconds:.1f} s"
+        return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+    def _without_keys(self, text: str) -> str:
+        """The text up to the first key in it, unless keys are to be shown.
+
+        What a key holds cannot be told from what follows it, except for the advice at the end of
+        a difference of format.
+        """
+        names = {one_line(name) for names in self.summary.keys.values() for name in names}
+        any_column = r"[^\s=,;]+" if not all(self.summary.keys.values()) else ""
+        pattern = "|".join(filter(None, [*map(re.escape, sorted(names)), any_column]))
+        found = re.search(rf"(?<!\w)(?:{pattern})=", text) if pattern else None
+        if self.keys or not found:
+            return text
+        advice = re.search(r"; ([\w ]+=\"[^\"]*\" .*)$", text)
+        return f"{text[: found.start()]}(keys are left out){f'; {advice[1]}' if advice else ''}"
+
+    def _allowed(self) -> str:
+        """Why changes beyond the limits were written all the same."""
+        approval = self.summary.approval
+        if approval:
+            why = f": {approval.why}" if approval.why else ""
+            rows = plural(approval.rows, "row")
+            return (
+                f"Run {approval.run} was approved by {approval.by}, {rows} beyond the limits{why}."
+            )
+        return "The limits were skipped (--force)." if self.summary.forced else ""
+
+    def _rows(self, name: str) -> list[dict[str, str]]:
+        path = self.folder / name
+        if not path.is_file():
+            return []
+        with local_errors(path), path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _failures(self) -> tuple[str, str, list[dict[str, str]], int, str]:
+        """Title, caption, rows (heading -> text), how many more, and the file that has all."""
+        found = self._rows(FAILURES_NAME)
+        rows = []
+        for row in found[:REPORT_ROWS]:
+            error = f"{row['procedure']}: {row['error']}"
+            if self.keys:
+                rows.append({"Row": f"{row['operation']} {row['key']}", "Procedure: error": error})
+                continue
+            for part in sorted(set(re.split(r"[=,\s]+", row["key"])), key=len, reverse=True):
+                if part:
+                    error = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "...", error)
+            rows.append({"Row": row["operation"], "Procedure: error": error})
+        told = f"The database refused {plural(len(found), 'row')}; the next run tries again."
+        return "Rows that failed", told, rows, max(len(found) - REPORT_ROWS, 0), FAILURES_NAME
+
+    def _not_converged(self) -> tuple[str, str, list[dict[str, str]], int, str]:
+        found = self._rows(NOT_CONVERGED_NAME)
+        rows = [
+            {
+                "Row": f"{row['operation']} {row['key'] if self.keys else ''}",
+                "Procedure": f"{row['procedure']}, {row['file']}",
+                "Runs in a row": row["runs"],
+            }
+            for row in found[:REPORT_ROWS]
+        ]
+        told = "The call succeeded, but the row still differs: the procedure had no effect."
+        more = max(len(found) - REPORT_ROWS, 0)
+        return "Rows that did not converge", told, rows, more, NOT_CONVERGED_NAME
+
+    def _stages(self) -> Iterator[dict[str, Any]]:
+        """The stages as bars: where they begin and how long they are, in percent of the run."""
+        whole = max(self.summary.seconds, 0.001)
+        for stage in sorted(self.summary.stages, key=lambda stage: stage.began):
+            left = min(100 * stage.began / whole, 100)
+            width = min(100 * stage.seconds / whole, 100 - left)
+            yield vars(stage) | {"left": f"{left:.2f}", "width": f"{width:.2f}"}
+
+    def _charts(self) -> Iterator[dict[str, Any]]:
+        """A bar for each run, oldest first."""
+        runs = plural(len(self.trend), "run")
+        for name, counts, tone in (
+            ("Rows written", [run.total("applied") for run in self.trend], "runs"),
+            ("Rows failed", [run.total("failed") for run in self.trend], "bad"),
+        ):
+            most, middle = max(counts), sorted(counts)[len(counts) // 2]
+            told = (
+                f"most {most:,}, usually {middle:,}; logarithmic scale"
+                if most
+                else f"none in {runs}"
+            )
+            yield self._chart(name, told, [math.log1p(count) for count in counts], tone)
+        seconds = [run.seconds for run in self.trend]
+        usual = self._time(sorted(seconds)[len(seconds) // 2])
+        told = f"longest {self._time(max(seconds))}, usually {usual}; logarithmic scale"
+        yield self._chart("Duration", told, [math.log1p(value) for value in seconds], "runs")
+        bad = [0 if run.outcome in ("complete", "partial") else 1 if run.outcome == "held" else 2
+               for run in self.trend]  # fmt: skip
+        told = f"{bad.count(2)} failed (tall bars), {bad.count(1)} held (short bars), of {runs}"
+        yield self._chart("Runs that wrote nothing or not everything", told, bad, "bad")
+
+    @staticmethod
+    def _chart(name: str, told: str, values: Sequence[float], tone: str) -> dict[str, Any]:
+        most = max(values) or 1
+        path = "".join(
+            f"M{4 * place} {BAR_HEIGHT}v-{max(BAR_HEIGHT * value / most, 1):.0f}h3V{BAR_HEIGHT}z"
+            for place, value in enumerate(values)
+            if value > 0
+        )
+        size = {"width": 4 * max(len(values), 30), "height": BAR_HEIGHT}
+        return {"name": name, "told": told, "path": path, "tone": tone, **size}
+
+    def _about(self) -> list[tuple[str, str]]:
+        summary = self.summary
+        code = "" if summary.exit_code is None else str(summary.exit_code)
+        made = ", ".join(
+            f"{name} ({plural(rows, 'row')})" for name, rows in summary.statement_files.items()
+        )
+        stale = " (too old)" if summary.stale_epoch else ""
+        return [
+            ("Started", summary.started.replace("T", " ")),
+            ("Exit code", code),
+            ("SameGoal's extract", f"{summary.source_epoch}{stale}"),
+            ("Files of <Upload>", made),
+            ("Account", f"{summary.account} on {summary.computer}"),
+            ("Arguments", command_line(summary.arguments)),
+            ("Folder", str(self.folder)),
+            ("Version", f"sgsync {summary.version}"),
+        ]
+
+
+def write_report(run: Run, earlier: Sequence[KeptRun]) -> None:
+    """Report on the run under way; keys are shown only once config.xml has said so."""
+    keys = run.settings is not None and run.settings.report_keys
+    Report(run.summary, run.folder, earlier, keys=keys).write()
+
+
+# ------------------------------------ stage: send_notices
+# Given: what a run tells of itself, and the <Notify> elements.
+# Gives: a ping for a dead man's switch, and a message for people, without keys or values of rows.
+# Raises: nothing; what cannot be sent is logged.
+
+NOTICE_SECONDS = 30.0  # for all notices of a run
+EXIT_WORDS = {
+    0: "success",
+    1: "unexpected error, or this computer's disk",
+    ConfigError.exit_code: "configuration or usage",
+    TransferError.exit_code: "SFTP transfer",
+    DatabaseError.exit_code: "database",
+    DataError.exit_code: "data: a CSV file that cannot be compared",
+    HeldError.exit_code: "held by a limit",
+    BusyError.exit_code: "another run is active",
+    ROWS_FAILED: "finished, but some rows failed or did not converge",
+    InterruptError.exit_code: "interrupted",
+}
+
+
+def ping_start(notices: Iterable[Notice]) -> None:
+    """Tell the dead man's switches that a run begins (healthchecks.io, "Signaling failures")."""
+    pings = [f"{notice.ping.rstrip('/')}/start" for notice in notices if notice.ping]
+    _within_time([functools.partial(_ping, ping, "") for ping in pings])
+
+
+def send_notices(notices: Iterable[Notice], summary: RunSummary, folder: Path) -> None:
+    """Ping the dead man's switches whatever the outcome; send the messages that are wanted."""
+    code = summary.exit_code or 0
+    wanted = {"always", *(["failure"] if code else []), summary.outcome}
+    body = notice_text(summary, folder)
+    title = f"sgsync {summary.command}: {summary.outcome} on {summary.computer}"
+    work: list[Callable[[], None]] = []
+    for notice in notices:
+        if notice.ping:
+            work.append(functools.partial(_ping, f"{notice.ping.rstrip('/')}/{code}", body))
+        if notice.url and notice.on in wanted:
+            work.append(functools.partial(_send_message, notice.url, title, body))
+    _within_time(work)
+
+
+def notice_text(summary: RunSummary, folder: Path) -> str:
+    """The message: outcome, counts, reason and remedy.
+
+    The reason of an error that may quote a row is left in the log.
+    """
+    code = summary.exit_code or 0
+    lines = [f"{summary.outcome} (exit code {code}: {EXIT_WORDS.get(code, 'unknown')})"]
+    if summary.over_limits:
+        lines += [sentence.partition("; they begin with ")[0] for sentence in summary.over_limits]
+    elif code in (ConfigError.exit_code, TransferError.exit_code, BusyError.exit_code):
+        lines.append(summary.message)
+    elif code:
+        lines.append(f"The reason is at the end of {folder / LOG_NAME}.")
+    for file in summary.files:
+        tallies = ((operation, file.tally(operation)) for operation in OPERATIONS)
+        counts = [
+            f"{operation} {tally.applied:,} of {tally.found:,}, {tally.failed:,} failed"
+            for operation, tally in tallies
+            if tally.found
+        ]
+        lines.append(f"{file.file}: {'; '.join(counts) or 'no changes'}")
+    lines += [f"{section.file}: {plural(section.rows, 'row')}" for section in summary.sections]
+    if summary.remedy and code != DataError.exit_code:
+        lines.append(f"Try: {summary.remedy}")
+    lines.append(f"{summary.computer}: {folder}")
+    return redact("\n".join(lines))
+
+
+def _within_time(work: Sequence[Callable[[], None]]) -> None:
+    if not work:
+        return
+    worker = Worker("notices")
+    futures = [worker.submit(each) for each in work]
+    worker.end()
+    wait(futures, NOTICE_SECONDS)
+    for future in futures:
+        if not future.done():
+            log.warning("a notice could not be sent within %.0f s", NOTICE_SECONDS)
+        elif error := future.exception():
+            log.warning("a notice could not be sent: %s", one_line(error))
+
+
+def _ping(url: str, body: str) -> None:
+    request = urllib.request.Request(url, body.encode("utf-8"))  # noqa: S310
+    try:
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
+    except urllib.error.HTTPError as error:  # whose text may have the URL
+        raise TransferError(f"the ping was refused: {error.code} {error.reason}") from None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise TransferError(f"the ping failed: {one_line(reason)}") from None
+
+
+def _send_message(url: str, title: str, body: str) -> None:
+    try:
+        import apprise
+    except ImportError:
+        words = [sys.executable, "-m", "pip", "install", "apprise"]
+        raise ConfigError(
+            f"url= in <Notify> needs the package apprise; install it: {command_line(words)}"
+        ) from None
+    logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)  # It logs addresses.
+    sender = apprise.Apprise()
+    if not sender.add(url):
+        raise ConfigError("url= in <Notify> is not an address that apprise knows")
+    if not sender.notify(title=title, body=body, body_format=apprise.NotifyFormat.TEXT):
+        raise TransferError("the server did not take the message")
+
+
+# ------------------------------------ stage: write_metrics
+#
+# Given a run that is over, and the newest one of the other job; gives a file in the OpenMetrics
+# text format, for the textfile collector of node_exporter.  Raises Error where the disk fails.
+
+
+class Metrics:
+    """Lines of gauges: the one type that OpenMetrics and older readers of Prometheus share."""
+
+    HELP: Mapping[str, str] = {
+        "sgsync_run_start_timestamp_seconds": "Start of the last run, in seconds since 1970",
+        "sgsync_run_duration_seconds": "How long the last run took",
+        "sgsync_run_exit_code": "Exit code of the last run, 0 for success",
+        "sgsync_run_outcome": "1 for the outcome of the last run",
+        "sgsync_success_timestamp_seconds": "Start of the last run that was complete",
+        "sgsync_rows": "Rows of the last run by file, operation and what became of them",
+        "sgsync_not_converged_rows": "Rows that still differ after their call",
+        "sgsync_file_rows": "Rows of the last run's files for SchooLinks",
+        "sgsync_stage_duration_seconds": "How long the stages of the last run took",
+    }
+
+    def __init__(self, home: Path) -> None:
+        self._home = str(home)
+        self._samples: dict[str, dict[str, float]] = {name: {} for name in self.HELP}
+
+    def add(self, summary: RunSummary, success: RunSummary | None) -> None:
+        """The last run of a job, and the last one that succeeded."""
+        set_to = functools.partial(self._set, summary.command)
+        for name, value in (
+            ("run_start_timestamp", self._seconds(summary.started)),
+            ("run_duration", summary.seconds),
+        ):
+            set_to(f"sgsync_{name}_seconds", value)
+        set_to("sgsync_run_exit_code", -1 if summary.exit_code is None else summary.exit_code)
+        set_to("sgsync_run_outcome", 1, outcome=summary.outcome)
+        if success:
+            set_to("sgsync_success_timestamp_seconds", self._seconds(success.started))
+        for file in summary.files:
+            for operation in OPERATIONS:
+                for result, count in vars(file.tally(operation)).items():
+                    set_to("sgsync_rows", count, file=file.file, operation=operation, result=result)
+            set_to("sgsync_not_converged_rows", file.not_converged, file=file.file)
+        for section in summary.sections:
+            set_to("sgsync_file_rows", section.rows, file=section.file)
+        for stage in summary.stages:
+            set_to("sgsync_stage_duration_seconds", stage.seconds, stage=stage.name)
+
+    @staticmethod
+    def _seconds(started: str) -> float:
+        return datetime.datetime.fromisoformat(started).timestamp()
+
+    def _set(self, command: str, name: str, value: float, **labels: str) -> None:
+        escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+        labels = {"home": self._home, "command": command, **labels}
+        told = ",".join(f'{label}="{text.translate(escapes)}"' for label, text in labels.items())
+        self._samples[name][f"{name}{{{told}}}"] = value
+
+    def __str__(self) -> str:
+        lines = []
+        for name, samples in self._samples.items():
+            if samples:
+                lines += [f"# TYPE {name} gauge", f"# HELP {name} {self.HELP[name]}"]
+                lines += [f"{sample} {value:.15g}" for sample, value in samples.items()]
+        return "\n".join([*lines, "# EOF", ""])
+
+
+def write_metrics(path: Path, home: Path, run: Run) -> None:
+    """Write the metrics of a run and of the other job's last one; everyone may read them."""
+    metrics = Metrics(home)
+    folders = {"sync": home / "history", "schoolinks": home / "history" / "schoolinks"}
+    for command, folder in folders.items():
+        kept = (found.summary for found in runs(folder))
+        over = (told for told in kept if told and told.outcome not in ("running", "busy"))
+        last = run.summary if command == run.summary.command else next(over, None)
+        if last:
+            told_so_far = itertools.chain([last], over)
+            success = (told for told in told_so_far if told.outcome == "complete")
+            metrics.add(last, next(success, None))
+    with new_file(path) as file:
+        if hasattr(os, "fchmod"):
+            os.fchmod(file.fileno(), 0o644)  # The collector has an account of its own.
+        file.write(str(metrics).encode("utf-8"))
+
+
+# ==================================== COMMANDS
+# One section a command: its arguments and its run; only they connect stages.
+
+
+# ------------------------------------ command line: Options
+# Given: the words of the command line.
+# Gives: what every command gets of them.
+# Raises: SystemExit with exit code 2.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -5676,29 +7449,22 @@ class Options:
     verbose: bool = False
     quiet: int = 0
     json: bool = False
+    log_format: str = "text"
     arguments: Sequence[str] = ()  # as they were typed
 
     @property
     def terminal(self) -> bool:
         """Whether a person watches."""
-        return sys.stderr.isatty() and not (self.quiet or self.verbose)
+        plain = self.log_format == "text" and not (self.quiet or self.verbose)
+        return plain and sys.stderr.isatty()
 
     def typed(self, *words: str) -> str:
-        """A command for this home, as a person can type it; as whom, where that matters.
-
-        The job's account may have no shell, so on POSIX it is used through sudo.
-        """
+        """A command for this home, as a person can type it."""
         if self.home != default_home():
             words += ("--home", str(self.home))
         if self.config != config_path(self.home):
             words += ("--config", str(self.config))
-        account = ["sudo", "-u", getpass.getuser()] if os.name == "posix" and os.geteuid() else []
-        return command_line([*account, *PROGRAM, *words])
-
-
-def default_home() -> Path:
-    """The folder of the script or of the frozen executable, never the working directory."""
-    return Path(sys.executable).resolve().parent if FROZEN else SCRIPT.parent
+        return own_command(*words)
 
 
 class Parser(argparse.ArgumentParser):
@@ -5737,14 +7503,17 @@ def agree(question: str, remedy: str) -> bool:
             return False
 
 
-# ---------------------------------------------------------------------- runs: open_run
+# ------------------------------------ runs and display: open_run
+# Given: the options of a command that makes a run.
+# Gives: its folder, log and progress; at its end the outcome, whatever it is.
+# Raises: ConfigError where no run can be made.
 
 
 class Display:
     """One line a phase on a terminal; nothing elsewhere: there the log lines tell."""
 
-    def __init__(self, terminal: bool) -> None:
-        self._terminal = terminal
+    def __init__(self, terminal: bool, run: Run) -> None:
+        self._terminal, self._run = terminal, run
         self._progress: rich.progress.Progress | None = None
 
     def __enter__(self) -> Display:
@@ -5771,7 +7540,8 @@ class Display:
         """One phase of a run, over as many files."""
         progress = self._progress
         phase = Phase(progress, progress.add_task(title, total=files, detail="") if progress else 0)
-        yield phase
+        with self._run.stage(title):
+            yield phase
         phase.end(files)
 
 
@@ -5792,7 +7562,7 @@ class Phase:
         def tick(count: int) -> None:
             nonlocal done
             done += count
-            progress.update(task, detail=f"{name}, {plural(done, unit)}")
+            progress.update(task, detail=f"{name}{', ' * bool(name)}{plural(done, unit)}")
 
         return tick
 
@@ -5816,6 +7586,9 @@ def open_run(options: Options) -> Iterator[Run]:
     history = history if options.command == "sync" else history / options.command
     check_owner(history, options.arguments)
     run = Run(history, options.command, options.arguments)
+    JsonFormatter.run = run.summary.epoch
+    if options.command == "sync":
+        run.report = write_report
     with local_errors(run.folder / LOG_NAME):
         handler = logging.FileHandler(run.folder / LOG_NAME, encoding="utf-8")
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -5836,8 +7609,13 @@ def open_run(options: Options) -> Iterator[Run]:
         if not isinstance(exception, (Error, KeyboardInterrupt)):
             trace = exception
     finally:
+        if run.settings and run.settings.metrics:
+            path = options.home / run.settings.metrics
+            run.attempt(str(path), lambda: write_metrics(path, options.home, run))
+        send_notices(run.notices, run.summary, run.folder)
         show_outcome(run, options, trace)
         log.removeHandler(handler)
+        JsonFormatter.run = ""
         with contextlib.suppress(OSError):  # of a disk that is full
             handler.close()
 
@@ -5896,9 +7674,7 @@ def print_outcome(run: Run) -> None:
     from rich.text import Text
 
     console, summary = Console(stderr=True, highlight=False), run.summary
-    rows = [
-        file_cells(file, planned=summary.outcome in ("dry run", "held")) for file in summary.files
-    ]
+    rows = [file_cells(file, planned=summary.only_planned) for file in summary.files]
     rows += [section_cells(section) for section in summary.sections]
     if rows:
         table = Table(*rows[0])
@@ -5944,30 +7720,6 @@ def section_cells(section: SectionSummary) -> dict[str, str]:
     }
 
 
-def together(first: Callable[[], T], second: Callable[[], object], cancel: Callable[[], None]) -> T:
-    """Do both at the same time; if one fails, `cancel` makes the other one stop.
-
-    Returns what `first` returns, when both have ended.  Raises what failed first.
-    """
-    futures: list[Future[Any]] = []
-    for work in (first, second):
-        worker = Worker("together")
-        futures.append(worker.submit(work))
-        worker.end()
-    try:
-        finished(futures)
-        failed = [future for future in futures if future.done() and future.exception()]
-        if failed:
-            cancel()
-    except BaseException:
-        cancel()
-        raise
-    finally:
-        for future in futures:
-            finished([future])
-    return cast("T", (failed or futures)[0].result())
-
-
 def warn_of_readable(config: Config, *paths: Path) -> None:
     """Warn of files with secrets that everyone on this machine can read."""
     environment = config.path.with_name(ENVIRONMENT_NAME)
@@ -5984,7 +7736,41 @@ def warn_of_readable(config: Config, *paths: Path) -> None:
                 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------- command: sync
+def use_config(run: Run, config: Config, options: SyncOptions | SchooLinksOptions) -> None:
+    """Let the run tell of itself as config.xml wants it; a dry run is told to nobody else."""
+    keep_secret(config.secrets)
+    run.settings = config.history
+    run.notices = () if options.dry_run else config.notices
+
+
+def started(run: Run, config: Config, options: SyncOptions | SchooLinksOptions) -> bool:
+    """Whether the run has anything to do: not in a <Pause>; told is a last run that was killed."""
+    last = next(iter(run.earlier()), None)
+    if last and last.summary and last.summary.outcome == "running":
+        log.warning(
+            "the last run, %s, did not finish: it was killed, or the computer went down; this run "
+            "continues from there", last.epoch,
+        )  # fmt: skip
+        killed = dataclasses.replace(last.summary, outcome="killed", exit_code=1)
+        send_notices(run.notices, killed, last.folder)
+    today = datetime.date.today()
+    pause = next((pause for pause in config.pauses if pause.covers(today)), None)
+    if pause and not (options.dry_run or options.force):
+        why = f" ({one_line(pause.why)})" if pause.why else ""
+        run.conclude(
+            "paused", 0,
+            f"nothing was done: config.xml has a <Pause> from {pause.from_} to {pause.to}{why}",
+            "to run all the same, use --dry-run, or --force, which skips the limits, too",
+        )  # fmt: skip
+        return False
+    ping_start(run.notices)
+    return True
+
+
+# ------------------------------------ command: sync
+# Given: config.xml and connections made from it.
+# Gives: the database in step with SameGoal, and the evidence.
+# Raises: nothing; the run's outcome tells.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -6014,41 +7800,20 @@ def sync_arguments() -> Parser:
 
 def run_sync(options: SyncOptions) -> int:
     """The nightly integration; the steps are those of the README."""
-    with open_run(options) as run, only_run(run, "sync"):
-        warn_of_killed(run)
+    with open_run(options) as run:
         config = load_config(options.config, SyncConfig)
-        keep_secret(config.secrets)
-        warn_of_readable(config, options.home / config.sftp.private_key)
-        if not (options.dry_run or options.force) and paused(run, config):
-            return 0
-        with Display(options.terminal) as display, Sftp(config.sftp, options.home) as sftp, \
-                Database(config.database) as database:  # fmt: skip
-            Sync(options, run, config, display).work(sftp, database)
+        use_config(run, config, options)
+        with only_run(run, "sync"):
+            if started(run, config, options):
+                sync(options, run, config)
     return cast("int", run.summary.exit_code)
 
 
-def paused(run: Run, config: Config) -> bool:
-    """Whether a <Pause> covers today; the run then says so, and is done."""
-    today = datetime.date.today()
-    pause = next((pause for pause in config.pauses if pause.covers(today)), None)
-    if pause:
-        why = f" ({one_line(pause.why)})" if pause.why else ""
-        run.conclude(
-            "paused", 0,
-            f"nothing was done: config.xml has a <Pause> from {pause.from_} to {pause.to}{why}",
-            "to run all the same, use --dry-run, or --force, which skips the limits, too",
-        )  # fmt: skip
-    return pause is not None
-
-
-def warn_of_killed(run: Run) -> None:
-    """Tell of a last run that came to no end; the lock shows that it is not under way."""
-    last = next(iter(run.earlier()), None)
-    if last and last.summary and last.summary.outcome == "running":
-        log.warning(
-            "the last run, %s, did not finish: it was killed, or the computer went down; this run "
-            "continues from there", last.epoch,
-        )  # fmt: skip
+def sync(options: SyncOptions, run: Run, config: SyncConfig) -> None:
+    warn_of_readable(config, options.home / config.sftp.private_key)
+    with Display(options.terminal, run) as display, Sftp(config.sftp, options.home) as sftp, \
+            Database(config.database) as database:  # fmt: skip
+        Sync(options, run, config, display).work(sftp, database)
 
 
 class Sync:
@@ -6062,6 +7827,9 @@ class Sync:
         self.approved: KeptRun | None = None
         if options.approve:
             self.approved = held_run(run.history, options.approve)
+        for sql_diff in config.sql_diffs:
+            names = [name.removesuffix(":int") for name in sql_diff.key or ()]
+            self.summary.keys[sql_diff.file] = names
 
     def work(self, sftp: Sftp, database: Database) -> None:
         extract = self.fetch_both_sides(sftp, database)
@@ -6075,6 +7843,7 @@ class Sync:
             return
         if reasons and not self.options.force:
             raise self.held(reasons)
+        self.run.save()  # So that a run that is killed leaves what it was about to write.
         failures = self.apply_changes(database, comparisons)
         if self.config.database.verify:
             self.verify(database, failures)
@@ -6130,6 +7899,8 @@ class Sync:
                 )
                 for difference in found.format_differences:
                     log.warning("%s", difference)
+                if found.new_columns:
+                    log.warning("%s", new_columns_warning(found))
                 summary = found.summary()
                 summary.seconds = round(time.monotonic() - began, 3)
                 self.summary.files.append(summary)
@@ -6305,7 +8076,10 @@ class Sync:
             self.run.conclude("complete", 0, message)
 
 
-# ---------------------------------------------------------------------- command: schoolinks
+# ------------------------------------ command: schoolinks
+# Given: config.xml and the log-ins of SchooLinks.
+# Gives: SchooLinks' files, uploaded.
+# Raises: nothing; the run's outcome tells.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -6327,114 +8101,58 @@ def schoolinks_arguments() -> Parser:
     return parser
 
 
-def schoolinks_address() -> tuple[str, int]:
-    """Host and port of SchooLinks' server, from the environment.  Raises ConfigError."""
-    address = required_variables("SCHOOLINKS_SFTP_ADDRESS")[0].removeprefix("sftp://").rstrip("/")
-    match = re.fullmatch(r"(?:\[([^\]\s]+)\]|([^:/@\s]+))(?::(\d{1,5}))?", address, re.ASCII)
-    if not match or not 0 < int(match[3] or 22) < 65536:
-        raise ConfigError(  # without the value: it may hold a password
-            "SCHOOLINKS_SFTP_ADDRESS is not an address", "set it to the host, or host:port, alone"
-        )
-    return match[1] or match[2], int(match[3] or 22)
-
-
-def required_variables(*names: str) -> list[str]:
-    """Their values; raises ConfigError that names every variable that is not set."""
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        raise ConfigError(
-            f"not set in the environment: {', '.join(missing)}",
-            f"write them into {ENVIRONMENT_NAME} beside config.xml, or set them for the account "
-            "that runs sgsync",
-        )
-    return [os.environ[name] for name in names]
-
-
-def schoolinks_credentials(
-    settings: SchooLinksSettings, home: Path, *, upload: bool
-) -> tuple[OracleLogin, SftpSettings | None]:
-    """The log-ins from the environment, that of SchooLinks only for an upload.
-
-    Raises ConfigError that names every missing variable.
-    """
-    names = ["POWERSCHOOL_READ_USER", "POWERSCHOOL_DB_PASSWORD", "POWERSCHOOL_PROD_DB"]
-    if upload:
-        names.append("SCHOOLINKS_SFTP_USERNAME")
-        if not settings.private_key:
-            names.append("SCHOOLINKS_SFTP_PASSWORD")
-        names.append("SCHOOLINKS_SFTP_ADDRESS")
-    login = OracleLogin(*required_variables(*names)[:3])
-    if not upload:
-        return login, None
-    host, port = schoolinks_address()
-    beside = home / "known_hosts"
-    login_advice = "check SCHOOLINKS_SFTP_USERNAME and SCHOOLINKS_SFTP_PASSWORD"
-    if settings.private_key:
-        login_advice = (
-            "check SCHOOLINKS_SFTP_USERNAME, and that SchooLinks has the public key of this "
-            "private key"
-        )
-    server = SftpSettings(
-        host=host,
-        port=port,
-        username=os.environ["SCHOOLINKS_SFTP_USERNAME"],
-        password="" if settings.private_key else os.environ["SCHOOLINKS_SFTP_PASSWORD"],
-        private_key=settings.private_key,
-        passphrase=settings.passphrase,
-        known_hosts="known_hosts" if beside.is_file() else "ssh/known_hosts",
-        timeout_seconds=settings.timeout_seconds,
-        element="<SchooLinks>",
-        host_from="SCHOOLINKS_SFTP_ADDRESS",
-        key_advice="give the public key, the file with .pub, to SchooLinks",
-        login_advice=login_advice,
-        trust=("trust", "--job", "schoolinks"),
-    )
-    return login, server
-
-
 def run_schoolinks(options: SchooLinksOptions) -> int:
     """The nightly files for SchooLinks: query, build, check all of them, then upload."""
-    with open_run(options) as run, only_run(run, "schoolinks"):
+    with open_run(options) as run:
         config = load_config(options.config, SchooLinksConfig)
-        if not (options.dry_run or options.force) and paused(run, config):
-            return 0
-        settings, today = config.schoolinks, datetime.date.today()
-        login, server = schoolinks_credentials(settings, options.home, upload=not options.dry_run)
-        warn_of_readable(config)
-        passwords = {login.password} | ({server.password, server.passphrase} if server else set())
-        keep_secret(config.secrets | passwords)
-
-        def query() -> list[Section]:
-            with Oracle(settings, login) as powerschool:
-                powerschool.connect()
-                if server:  # Loaded while PowerSchool works: that takes as long as a query.
-                    threading.Thread(target=importlib.import_module, args=["paramiko"]).start()
-                return StudentFiles(settings, today).build(powerschool)
-
-        with Display(options.terminal) as display:
-            with display.phase("PowerSchool"):
-                sections = retried(query)
-            for section in sections:
-                section.write(run.folder, settings.quoting)
-            files = [section.summary() for section in sections]
-            run.summary.sections = files
-            UploadGuard(settings, run.earlier(), today).check(sections, force=options.force)
-            message = ", ".join(f"{file.file}: {plural(file.rows, 'row')}" for file in files)
-            if server is None:
-                run.conclude("dry run", 0, f"{message}; nothing was uploaded")
-                return 0
-            directory = settings.test_directory if options.test else settings.directory
-            with display.phase("upload"), Sftp(server, options.home) as sftp:
-                kind: Literal["test", "live"] = "test" if options.test else "live"
-                upload_files(sftp, directory, run.folder, files, kind)
-            run.conclude("complete", 0, f"{message}; uploaded to {directory}")
-            run.complete()
-        if not options.test:  # else keepRuns="1" would delete what the next night is compared with
-            prune(run.history, config.history.keep_runs, run.folder)
+        use_config(run, config, options)
+        with only_run(run, "schoolinks"):
+            if started(run, config, options):
+                schoolinks(options, run, config)
     return cast("int", run.summary.exit_code)
 
 
-# ---------------------------------------------------------------------- command: diff
+def schoolinks(options: SchooLinksOptions, run: Run, config: SchooLinksConfig) -> None:
+    """Query, build, check all files, then upload them."""
+    settings, today = config.schoolinks, datetime.date.today()
+    login, server = schoolinks_credentials(settings, options.home, upload=not options.dry_run)
+    warn_of_readable(config)
+    passwords = {login.password} | ({server.password, server.passphrase} if server else set())
+    keep_secret(passwords)
+
+    def query() -> list[Section]:
+        with Oracle(settings, login) as powerschool:
+            powerschool.connect()
+            if server:  # Loading it takes 0.1 s, so it is done while PowerSchool works.
+                threading.Thread(target=importlib.import_module, args=["paramiko"]).start()
+            return StudentFiles(settings, today).build(powerschool)
+
+    with Display(options.terminal, run) as display:
+        with display.phase("PowerSchool"):
+            sections = retried(query)
+        for section in sections:
+            section.write(run.folder, settings.quoting)
+        files = [section.summary() for section in sections]
+        run.summary.sections = files
+        UploadGuard(settings, run.earlier(), today).check(sections, force=options.force)
+        message = ", ".join(f"{file.file}: {plural(file.rows, 'row')}" for file in files)
+        if server is None:
+            run.conclude("dry run", 0, f"{message}; nothing was uploaded")
+            return
+        directory = settings.test_directory if options.test else settings.directory
+        with display.phase("upload"), Sftp(server, options.home) as sftp:
+            kind: Literal["test", "live"] = "test" if options.test else "live"
+            upload_files(sftp, directory, run.folder, files, kind)
+        run.conclude("complete", 0, f"{message}; uploaded to {directory}")
+        run.complete()
+    if not options.test:  # else keepRuns="1" would delete what the next night is compared with
+        prune(run.history, config.history.keep_runs, run.folder)
+
+
+# ------------------------------------ command: diff
+# Given: two CSV files.
+# Gives: the changes that make the second one equal to the first.
+# Raises: ConfigError for the files, DataError for what is in them.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -6529,7 +8247,7 @@ def _diff_output(path: Path | None, inputs: Iterable[Path]) -> Iterator[BinaryIO
             yield file
 
 
-# ---------------------------------------------------------------------- command: trust
+# ------------------------------------ command: trust
 #
 # Given: the address of a server, and on request the fingerprint that its key must have.
 # Gives: the key in known_hosts, after a person or the fingerprint has confirmed it.
@@ -6739,310 +8457,7 @@ class Trust:
             )
 
 
-# ---------------------------------------------------------------------- SQL scripts: SqlScript
-#
-# Given: the text of a script, and the product that it is for.
-# Gives: its batches, and the procedures that it defines.
-# Raises: ConfigError where the file cannot be read.
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A part of a script that is sent at once, `times` times; its first line is `line`."""
-
-    text: str
-    line: int
-    times: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Definition:
-    """A procedure or function as a script or a database has it.
-
-    SQL Server keeps the whole statement, PostgreSQL the body; None where that cannot be told.
-    """
-
-    name: str
-    line: int
-    text: SqlScript | None
-
-
-class SqlScript:
-    r"""A script with `GO` between its batches, as sqlcmd and Management Studio read it.
-
-        SqlScript("SELECT 1\nGO 2\nSELECT 'a\nGO\nb'", MSSQL).batches()
-            == [Batch("SELECT 1\n", 1, 2), Batch("SELECT 'a\nGO\nb'", 3, 1)]
-
-    GO stands alone on its line, perhaps with how many times the batch is to run, and outside
-    comments, strings and quoted names.  Source: Microsoft, "SQL Server utilities statements - GO".
-    """
-
-    GO = re.compile(r"(?im)^[ \t]*GO(?:[ \t]+([0-9]{1,4}))?[ \t\r]*$")
-    NAME = rf"{Parse.IDENTIFIER}(?:\s*\.\s*{Parse.IDENTIFIER})*"
-    DEFINES = re.compile(
-        r"(?i)(?<!\w)(?:CREATE(?:\s+OR\s+(?:ALTER|REPLACE))?|ALTER)\s+"
-        rf"(?:PROC(?:EDURE)?|FUNCTION)\s+({NAME})"
-    )
-    # An open one reaches to the end.
-    STRING = r"'(?:[^']|'')*(?:'|\Z)"
-    QUOTED_NAME = r'"(?:[^"]|"")*(?:"|\Z)'
-    LEXEMES: typing.ClassVar = {
-        MSSQL: rf"(?P<string>{STRING})|(?P<name>{QUOTED_NAME}|\[(?:[^\]]|\]\])*(?:\]|\Z))",
-        POSTGRESQL: r"(?P<string>(?P<tag>\$(?:[^\W\d]\w*)?\$)(?s:.*?)(?:(?P=tag)|\Z)"
-        rf"|(?<!\w)[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)|{STRING})|(?P<name>{QUOTED_NAME})",
-    }
-    LEXEMES[""] = rf"(?P<string>{STRING})|(?P<name>{QUOTED_NAME}|`[^`]*(?:`|\Z))"
-
-    def __init__(self, text: str, product: str) -> None:
-        self.text, self.product = text, product
-        self.strings: list[tuple[int, int]] = []
-        # Of the same length: comments are blank, no line of a string or a quoted name is GO.
-        self.code = self._code()
-
-    @classmethod
-    def read(cls, path: Path, product: str) -> SqlScript:
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be read: {error.strerror}",
-                f"copy {path.name}, which came with sgsync, into that folder",
-            ) from None
-        utf_16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-        try:
-            return cls(raw.decode("utf-16" if utf_16 else "utf-8-sig"), product)
-        except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
-            raise ConfigError(
-                f"{path}:{line}: neither UTF-8 nor UTF-16", "save the file as UTF-8"
-            ) from None
-
-    def batches(self) -> list[Batch]:
-        """Those that contain code, in order."""
-        found, start = [], 0
-        ends = [(go.start(), go.end(), int(go[1] or 1)) for go in self.GO.finditer(self.code)]
-        for end, following, times in [*ends, (len(self.text), len(self.text), 1)]:
-            code = self.code[start:end]
-            if code.strip():
-                start += len(code) - len(code.lstrip("\r\n"))
-                line = self.text.count("\n", 0, start) + 1
-                found.append(Batch(self.text[start:end], line, times))
-            start = following
-        return found
-
-    def definitions(self) -> list[Definition]:
-        """The procedures and functions that the script defines; of several, the last one counts."""
-        found: dict[str, Definition] = {}
-        for batch in self.batches():
-            script = SqlScript(batch.text, self.product)
-            for match in self.DEFINES.finditer(script.code):
-                line = batch.line + script.text.count("\n", 0, match.start())
-                text = script.defined(match)
-                if self.product == POSTGRESQL or not script.code[: match.start()].strip():
-                    found[match[1]] = Definition(match[1], line, text)
-        return list(found.values())
-
-    def defined(self, match: re.Match[str]) -> SqlScript | None:
-        """What the database keeps of the definition whose head is `match`."""
-        if self.product != POSTGRESQL:
-            return SqlScript(self.text[match.start() :], self.product)
-        following = self.DEFINES.search(self.code, match.end())
-        end = following.start() if following else len(self.code)
-        for start, stop in self.strings:
-            head = self.code[match.end() : start].split()
-            if match.end() <= start < end and head and head[-1].upper() == "AS":
-                text = self.text[start:stop]
-                tag = re.match(r"\$\w*\$", text)
-                body = text.strip("eE'").replace("''", "'") if tag is None else ""
-                if tag:
-                    body = text[tag.end() :].removesuffix(tag[0])
-                return SqlScript(body, self.product)
-        return None
-
-    def comparable(self) -> str:
-        """The script without what changes nothing: comments, white space, CREATE or ALTER."""
-        words = [self.text[m.start() : m.end()] for m in re.finditer(r"\S+", self.code)]
-        head = r"(?i)^(?:CREATE(?: OR ALTER)?|ALTER) PROC(?:EDURE)?(?= )"
-        return re.sub(head, "CREATE PROCEDURE", " ".join(words)).replace("\r\n", "\n").rstrip("; ")
-
-    def _code(self) -> str:
-        lexemes = self.LEXEMES.get(self.product, self.LEXEMES[""])
-        pattern = re.compile(rf"{lexemes}|(?P<comment>--[^\n]*|/\*)")
-        pieces, position = [], 0
-        while match := pattern.search(self.text, position):
-            pieces.append(self.text[position : match.start()])
-            end = match.end()
-            if match[0] == "/*":
-                end = self._end_of_comment(end)
-            whole = self.text[match.start() : end]
-            if match["comment"]:
-                pieces.append(re.sub(r"[^\n]", " ", whole))
-            elif match["name"]:
-                pieces.append(re.sub(r"\s", "_", whole))
-            else:
-                self.strings.append((match.start(), end))
-                pieces.append("'" + "x" * (len(whole) - 2) + "'" * (len(whole) > 1))
-            position = end
-        return "".join([*pieces, self.text[position:]])
-
-    def _end_of_comment(self, position: int) -> int:
-        """Comments nest, on SQL Server and on PostgreSQL."""
-        depth = 1
-        for mark in re.compile(r"/\*|\*/").finditer(self.text, position):
-            depth += 1 if mark[0] == "/*" else -1
-            if not depth:
-                return mark.end()
-        return len(self.text)
-
-
-# ---------------------------------------------------------------------- database: Catalog
-#
-# Given: an open database.
-# Gives: its procedures, and what is wrong with the call of one; the first rows of a query.
-# Raises: DatabaseError.
-
-
-@dataclasses.dataclass(frozen=True)
-class Routine:
-    """A procedure (or what is mistaken for one) in a database."""
-
-    schema: str
-    name: str
-    kind: str  # 'f' is a function
-    parameters: int
-    optional: int  # of them, at the end
-    variadic: bool
-    in_path: bool  # found without its schema
-    executable: bool
-    text: str | None  # None where the database does not show it
-
-    def takes(self, count: int) -> bool:
-        """Whether it can be called with so many values."""
-        fewest = self.parameters - self.optional - self.variadic
-        return count >= fewest and (self.variadic or count <= self.parameters)
-
-
-class Catalog:
-    """The procedures of a database."""
-
-    # Every query gives the fields of Routine.
-    QUERIES: typing.ClassVar = {
-        MSSQL: """SELECT s.name, o.name, RTRIM(o.type),
-    (SELECT COUNT(*) FROM {0}sys.parameters AS p
-     WHERE p.object_id = o.object_id AND p.parameter_id > 0),
-    0, CASE o.type WHEN 'SN' THEN 1 ELSE 0 END,
-    CASE WHEN s.name IN (SCHEMA_NAME(), 'dbo') THEN 1 ELSE 0 END,
-    COALESCE(HAS_PERMS_BY_NAME({1}QUOTENAME(s.name) + '.' + QUOTENAME(o.name), 'OBJECT',
-        'EXECUTE'), 1),
-    m.definition
-FROM {0}sys.objects AS o
-    INNER JOIN {0}sys.schemas AS s ON s.schema_id = o.schema_id
-    LEFT JOIN {0}sys.sql_modules AS m ON m.object_id = o.object_id
-WHERE o.type IN ('P', 'PC', 'X', 'SN')""",
-        POSTGRESQL: """SELECT n.nspname, p.proname, CAST(p.prokind AS text),
-    COALESCE(CARDINALITY(p.proallargtypes), p.pronargs), p.pronargdefaults,
-    CAST(p.provariadic <> 0 AS integer), CAST(pg_function_is_visible(p.oid) AS integer),
-    CAST(has_function_privilege(p.oid, 'EXECUTE')
-        AND has_schema_privilege(n.oid, 'USAGE') AS integer),
-    p.prosrc
-FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
-WHERE p.prokind IN ('p', 'f') AND n.nspname NOT IN ('pg_catalog', 'information_schema')""",
-        "": """SELECT routine_schema, routine_name, 'p',
-    (SELECT COUNT(*) FROM information_schema.parameters AS p
-     WHERE p.specific_schema = r.routine_schema AND p.specific_name = r.specific_name
-        AND p.ordinal_position > 0),
-    0, 0, CASE WHEN routine_schema = DATABASE() THEN 1 ELSE 0 END, 1, routine_definition
-FROM information_schema.routines AS r WHERE routine_type = 'PROCEDURE'""",
-    }
-
-    def __init__(self, database: Database) -> None:
-        self.database = database
-        self._known: dict[str, list[Routine]] = {}
-
-    def find(self, name: str) -> list[Routine]:
-        """What a call of `name` may reach; several where PostgreSQL has several of that name."""
-        parts = [self._plain(part) for part in re.findall(Parse.IDENTIFIER, name)]
-        routines = self._routines(parts[:-2])
-        schema = parts[-2] if len(parts) > 1 else ""
-        return [
-            routine
-            for routine in routines
-            if self._folded(routine.name) == parts[-1]
-            and (self._folded(routine.schema) == schema if schema else routine.in_path)
-        ]
-
-    def fault(self, name: str, passes: int | None) -> str:
-        """Why a call of `name` with so many values (None: any number) must fail, or ''."""
-        found = self.find(name)
-        procedures = [routine for routine in found if routine.kind != "f"]
-        if not found:
-            hidden = ", or this login may not execute it" if self.database.name == MSSQL else ""
-            return f"it does not exist{hidden}"
-        if not procedures:
-            return "it is a function, not a procedure"
-        if not any(routine.executable for routine in procedures):
-            return "this login may not execute it"
-        if passes is not None and not any(routine.takes(passes) for routine in procedures):
-            takes = " or ".join(sorted({str(routine.parameters) for routine in procedures}))
-            noun = "parameter" if takes == "1" else "parameters"
-            return f"it takes {takes} {noun}, but config.xml passes {passes}"
-        return ""
-
-    def first_rows(self, subject: str, sql: str, count: int) -> tuple[Row, list[Sequence[object]]]:
-        """The columns of a query, and its first rows, `count` at most."""
-        columns, blocks = self.database.query(subject, sql, list)
-        rows: list[Sequence[object]] = []
-        for block in blocks:
-            rows += block
-            if len(rows) >= count:
-                break
-        return columns, rows[:count]
-
-    def _routines(self, place: Sequence[str]) -> list[Routine]:
-        """All of this database, or of the one that the first parts of a name tell."""
-        prefix = "".join(f"[{part.replace(']', ']]')}]." for part in place)
-        if prefix not in self._known:
-            sql = self.QUERIES.get(self.database.name, self.QUERIES[""])
-            if self.database.name == MSSQL:
-                quoted = prefix.replace("'", "''")
-                sql = sql.format(prefix, f"N'{quoted}' + " if prefix else "")
-            _, rows = self.first_rows("the list of procedures", sql, 1_000_000)
-            self.database.rollback()
-            self._known[prefix] = [self._routine(row) for row in rows]
-        return self._known[prefix]
-
-    def _routine(self, row: Sequence[Any]) -> Routine:
-        schema, name, kind, parameters, optional, variadic, in_path, executable, text = row
-        if self.database.name == MSSQL:
-            optional = self._optional(text, parameters)
-        return Routine(
-            str(schema), str(name), str(kind), int(parameters), int(optional), bool(variadic),
-            bool(in_path), bool(executable), text if text is None else str(text),
-        )  # fmt: skip
-
-    @staticmethod
-    def _optional(text: str | None, parameters: int) -> int:
-        """How many parameters have a default: SQL Server tells only by the text of the procedure.
-
-        Where that leaves it open, all may have one.
-        """
-        script = SqlScript(text or "", MSSQL)
-        head = SqlScript.DEFINES.search(script.code)
-        body = re.compile(r"(?im)^\s*AS\b").search(script.code, head.end()) if head else None
-        return script.code.count("=", head.end(), body.start()) if head and body else parameters
-
-    def _plain(self, part: str) -> str:
-        """A part of a name, compared as the database compares it."""
-        if part[0] in '["':
-            part = part[1:-1]
-            return part if self.database.name == POSTGRESQL else part.lower()
-        return part.lower()
-
-    def _folded(self, name: str) -> str:
-        return name if self.database.name == POSTGRESQL else name.lower()
-
-
-# ---------------------------------------------------------------------- command: procedures
+# ------------------------------------ command: procedures
 #
 # Given: config.xml, the database, and a script that defines procedures.
 # Gives: a table of the procedures; on request the script is run, or compared with the database.
@@ -7309,7 +8724,7 @@ class Procedures:
                 print(f"    {printable(text)}")
 
 
-# ---------------------------------------------------------------------- command: secret
+# ------------------------------------ command: secret
 #
 # Given: a name, and a secret from a person or from standard input.
 # Gives: the secret in the system's password store, for ${keyring:NAME} in config.xml.
@@ -7392,7 +8807,7 @@ def _new_secret(options: SecretOptions) -> str:
     return first
 
 
-# ---------------------------------------------------------------------- checks: JobChecks
+# ------------------------------------ checks: JobChecks
 #
 # Given: the options of `check`.
 # Gives: findings, one after another, of what every job needs.
@@ -7622,7 +9037,7 @@ class JobChecks:
         return Finding(self.job, "clock", "warning", text, remedy)
 
 
-# ---------------------------------------------------------------------- checks of sync
+# ------------------------------------ checks of sync: SyncChecks
 #
 # Given: what `sync` is given.
 # Gives: findings, from the ODBC driver to the parameters of the procedures.
@@ -7834,7 +9249,7 @@ class SyncChecks(JobChecks):
                 yield from self.tried(f"{sql_diff.file} {operation}", called)
 
 
-# ---------------------------------------------------------------------- checks of schoolinks
+# ------------------------------------ checks of schoolinks: SchooLinksChecks
 #
 # Given: what `schoolinks` is given.
 # Gives: findings, from the environment to SchooLinks' directories.
@@ -7971,7 +9386,7 @@ class SchooLinksChecks(JobChecks):
                 )
 
 
-# ---------------------------------------------------------------------- command: check
+# ------------------------------------ command: check
 #
 # Given: what a run is given.
 # Gives: a line for each thing that a run needs, with the remedy where it is missing.
@@ -8041,7 +9456,7 @@ def filled_jobs(config: Path) -> list[str]:
     return jobs
 
 
-# ---------------------------------------------------------------------- scheduling: Schedule
+# ------------------------------------ scheduling: Schedule
 #
 # Given: the options of `schedule`, and a job.
 # Gives: the command to be run, and what all schedulers have in common.
@@ -8185,7 +9600,7 @@ class Schedule:
         return out
 
 
-# ---------------------------------------------------------------------- scheduling on Windows
+# ------------------------------------ scheduling on Windows: WindowsTask
 #
 # Given: a Schedule.
 # Gives: a task of Task Scheduler, by way of schtasks.
@@ -8301,7 +9716,7 @@ class WindowsTask(Schedule):
         return ScheduleState(self.shown, self.job, next_run, last_run, result, meaning)
 
 
-# ---------------------------------------------------------------------- scheduling on Linux
+# ------------------------------------ scheduling on Linux: SystemdTimer
 #
 # Given: a Schedule.
 # Gives: a systemd timer and its service, or a file for cron.
@@ -8478,7 +9893,7 @@ class CronLine(LinuxSchedule):
         return ScheduleState(self.shown, self.job, at, last.epoch, result, meaning)
 
 
-# ---------------------------------------------------------------------- command: schedule
+# ------------------------------------ command: schedule
 #
 # Given: a time of day, a job, an account.
 # Gives: a scheduled task (Windows), a systemd timer, or a cron line; what is scheduled already.
@@ -8554,7 +9969,284 @@ def run_schedule(options: ScheduleOptions) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------- main
+# ------------------------------------ command: history
+#
+# Given the folders of the runs that are kept; gives a table of them, one of them, what happened to
+# one student, or whether any of them was altered, on standard output; changes nothing.  Raises
+# ConfigError for a run that is not there.
+
+
+@dataclasses.dataclass(kw_only=True)
+class HistoryOptions(Options):
+    epoch: str = ""
+    key: str | None = None
+    file: str = ""
+    job: str = "sync"
+    homes: Sequence[str] = ()
+    csv: bool = False
+    verify: bool = False
+
+    def history(self, home: Path) -> Path:
+        """Where a home keeps the runs of the job that is asked for."""
+        return home / "history" if self.job == "sync" else home / "history" / self.job
+
+
+def history_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("epoch", nargs="?", metavar="EPOCH", help="show this run")
+    add("--key", metavar="VALUE", help="show everything that happened to the rows with this value "
+        "in a key column, such as a student number")  # fmt: skip
+    add("--file", metavar="NAME", help="with --key: only in this file, such as iep.csv")
+    add("--job", choices=("sync", "schoolinks"), help="whose runs (default: sync)")
+    add("--homes", nargs="+", metavar="DIR", help="one table over the runs of many homes")
+    add("--verify", action="store_true",
+        help="check that no file of a run was changed, removed or added since")  # fmt: skip
+    add("--csv", action="store_true", help="print CSV")
+    parser.set_defaults(run=run_history, kind=HistoryOptions)
+    return parser
+
+
+HISTORY_HELP = """Show the runs kept, newest first, one of them, or everything that happened to one
+student.  Changes nothing.
+
+  sgsync.py history                          the runs, newest first
+  sgsync.py history 20261121-210237          one run
+  sgsync.py history --key 100119             one student, over all runs
+  sgsync.py history --homes '/srv/sgsync/*'  the runs of many homes
+  sgsync.py history --verify                 was a run altered?  Exit code 5 if so
+"""
+
+
+def run_history(options: HistoryOptions) -> int:
+    """The runs, one run, one student, or what was altered; only one of them at a time."""
+    asked = [bool(options.epoch), options.key is not None, options.verify, bool(options.homes)]
+    if sum(asked) > 1:
+        raise ConfigError("give only one of EPOCH, --key, --verify and --homes")
+    if options.json and options.csv:
+        raise ConfigError("give only one of --json and --csv")
+    history = options.history(options.home)
+    if options.epoch:
+        return show_run(kept_run(history, options.epoch), options)
+    if options.key is not None:
+        if not options.key:
+            raise ConfigError("--key: is empty", "give a student number")
+        if options.job != "sync":
+            raise ConfigError("--key: only runs of sync record changes of rows", "leave out --job")
+        return show_events(list(KeySearch(history, options.key, options.file).events()), options)
+    if options.verify:
+        return show_verified(runs(history), options)
+    homes = [options.home]
+    if options.homes:
+        named = itertools.chain.from_iterable(map(glob.glob, options.homes))
+        homes = sorted(set(map(Path, named)))
+        homes = [home for home in homes if (home / "history").is_dir()]
+    found = [(home, run) for home in homes for run in runs(options.history(home))]
+    found.sort(key=lambda pair: pair[1].epoch, reverse=True)
+    records = []
+    for home, run in found:
+        record = run_record(run)
+        records.append({"home": str(home), **record} if options.homes else record)
+    show_records(records, options, [short_cells(record) for record in records], "no runs")
+    return 0
+
+
+def run_record(run: KeptRun) -> dict[str, Any]:
+    """One run as JSON and CSV tell of it; counts are rows, of every file together."""
+    summary = run.summary or RunSummary("", outcome="unknown")
+    counts = {f"{word}_found": sum(file.tally(word).found for file in summary.files)
+              for word in (INSERT, UPDATE, DELETE)}  # fmt: skip
+    counts |= {f"{word}_applied": sum(file.tally(word).applied for file in summary.files)
+               for word in (INSERT, UPDATE, DELETE)}  # fmt: skip
+    return {
+        "epoch": run.epoch,
+        "started": summary.started,
+        "outcome": summary.outcome,
+        "exit_code": summary.exit_code,
+        **counts,
+        "failed": summary.total("failed"),
+        "left_alone": summary.total("left_alone"),
+        "not_converged": sum(file.not_converged for file in summary.files),
+        "rows": sum(section.rows for section in summary.sections),
+        "seconds": summary.seconds,
+        "message": summary.message,
+    }
+
+
+def short_cells(record: Mapping[str, Any]) -> dict[str, str]:
+    """A run as a row of the table: heading -> text."""
+    cells = {"home": one_line(record["home"])} if "home" in record else {}
+    cells |= {"run": record["epoch"], "outcome": one_line(record["outcome"])}
+    for word in (INSERT, UPDATE, DELETE):
+        found, applied = record[f"{word}_found"], record[f"{word}_applied"]
+        cells[word] = f"{applied:,}" if applied == found else f"{applied:,} of {found:,}"
+    if record["rows"]:
+        cells["rows"] = f"{record['rows']:,}"
+    return cells | {"failed": f"{record['failed']:,}", "time": f"{record['seconds']:.1f} s"}
+
+
+def show_records(
+    records: Sequence[Mapping[str, Any]],
+    options: HistoryOptions,
+    cells: Sequence[Mapping[str, str]],
+    nothing: str,
+) -> None:
+    """Print records as JSON or CSV, or else their cells as a table, on standard output."""
+    if options.json:
+        print_json(records)
+    elif options.csv and sys.stdout is not None:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([list(records[0])] if records else [])
+        csv.writer(text).writerows(record.values() for record in records)
+        sys.stdout.buffer.write(text.getvalue().encode("utf-8"))
+        sys.stdout.buffer.flush()
+    elif not options.csv:
+        print(text_table(cells) or nothing)
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns under their headings; those that begin with digits stand to the right."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [all(row.get(name, "0")[:1].isdigit() for row in rows) for name in names]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+        if names
+    )
+
+
+def show_run(run: KeptRun, options: HistoryOptions) -> int:
+    """One run: how it ended, for each file what it did, and where to look further."""
+    summary = run.summary
+    if options.json:
+        print_json(dataclasses.asdict(summary) if summary else None)
+        return 0
+    if options.csv or summary is None:
+        show_records([run_record(run)], options, [short_cells(run_record(run))], "")
+        return 0
+    code = "" if summary.exit_code is None else f" (exit code {summary.exit_code})"
+    approval = summary.approval
+    about = {
+        "run": f"{run.epoch}, {summary.seconds:.1f} s, {run.folder}",
+        "outcome": f"{summary.outcome}{code}: {summary.message}",
+        "try": summary.remedy,
+        "started": f"{summary.started} by {summary.account} on {summary.computer}",
+        "arguments": command_line(summary.arguments),
+        "extract": summary.source_epoch,
+        "approved": f"run {approval.run} by {approval.by} {approval.at} {approval.why}"
+        if approval
+        else "",
+        "limits": "skipped with --force" if summary.forced else "",
+        "over limits": "\n".join(summary.over_limits),
+    }
+    for name, text in about.items():
+        lines = [printable(line) for line in text.strip().split("\n")]
+        if lines != [""]:
+            print(f"{name + ':':<13}" + "\n             ".join(lines))
+    cells = [file_cells(file, planned=summary.only_planned) for file in summary.files]
+    cells += [section_cells(section) for section in summary.sections]
+    cells = [{name: printable(text) for name, text in row.items()} for row in cells]
+    stages = [{"stage": stage.name, "time": f"{stage.seconds:.1f} s"} for stage in summary.stages]
+    for table in filter(None, (text_table(cells), text_table(stages))):
+        print(f"\n{table}")
+    return 0
+
+
+def show_verified(kept: Sequence[KeptRun], options: HistoryOptions) -> int:
+    """What was altered, the first run first; exits with 5 if anything was."""
+    records = [{"run": epoch, "what": what} for epoch, what in sorted(verify(kept))]
+    sealed = [run for run in kept if run.manifest]
+    told = f"{plural(len(sealed), 'run')} verified, nothing was altered"
+    if without := len(kept) - len(sealed):
+        told += f"; {plural(without, 'run')} without {MANIFEST_NAME}"
+    show_records(records, options, records, told)
+    if not records:
+        return 0
+    first = records[0]
+    log.error(
+        "the first run altered is %s: %s\nTry: restore that run's folder from a backup, and find "
+        "out who changed it", first["run"], first["what"],
+    )  # fmt: skip
+    return DataError.exit_code
+
+
+def show_events(events: Sequence[Event], options: HistoryOptions) -> int:
+    """Print what happened to one student, oldest first."""
+    if options.json:
+        print_json([dataclasses.asdict(event) for event in events])
+    elif options.csv:
+        records = [record for event in events for record in event.records()]
+        show_records(records, options, [], "")
+    else:
+        kept = plural(len(runs(options.history(options.home))), "run")
+        nothing = f"no change to a row with the key {one_line(options.key)} in {kept}"
+        print("\n".join(map(str, events)) or nothing)
+    return 0
+
+
+# ------------------------------------ command: report
+# Given: a run that is kept.
+# Gives: its report, written anew, and the report's path on standard output.
+# Raises: ConfigError for a run that is not there.
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReportOptions(Options):
+    epoch: str = ""
+    open: bool = False
+
+
+def report_arguments() -> Parser:
+    parser = Parser(add_help=False)
+    add = parser.add_argument
+    add("epoch", nargs="?", metavar="EPOCH", help="the run (default: the newest)")
+    add("--open", action="store_true", help="open the report in the web browser")
+    parser.set_defaults(run=run_report, kind=ReportOptions)
+    return parser
+
+
+REPORT_HELP = """Write report.html of a run of sync, with the trend over the runs kept, into the
+run's folder and print its path.  Changes nothing else.
+
+  sgsync.py report --open             the newest run
+  sgsync.py report 20261121-210237    that run
+"""
+
+
+def run_report(options: ReportOptions) -> int:
+    """Write a report again, now that the run is over."""
+    history = options.home / "history"
+    kept = runs(history)
+    if not kept:
+        raise ConfigError(f"{history}: there is no run to report on", "run sync first")
+    run = kept_run(history, options.epoch) if options.epoch else kept[0]
+    if run.summary is None:
+        raise DataError(f"{run.folder / SUMMARY_NAME}: is missing or cannot be read")
+    keys = False
+    try:
+        keys = load_config(options.config, Config).history.report_keys
+    except ConfigError as error:
+        log.warning("keys are left out of the report: %s", error.message)
+    path = Report(run.summary, run.folder, kept, keys=keys).write()
+    if options.json:
+        print_json({"report": str(path)})
+    else:
+        print(path)
+    if options.open and not webbrowser.open(path.as_uri()):
+        log.warning("%s: no web browser was found", path)
+    return 0
+
+
+# ------------------------------------ main: main
+# Given: the command line.
+# Gives: the exit code.
+# Raises: nothing.
+
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], str, str]] = {
     "sync": (sync_arguments, "the nightly integration", ""),
@@ -8613,6 +10305,8 @@ Changes only the file known_hosts (knownHosts= in <SFTP>).  For example:
   sgsync.py trust
   sgsync.py trust --job schoolinks --fingerprint SHA256:u0Zr...""",
     ),
+    "history": (history_arguments, "the runs kept, or what happened to one student", HISTORY_HELP),
+    "report": (report_arguments, "write the report of a run, as HTML", REPORT_HELP),
 }
 
 
@@ -8626,6 +10320,8 @@ def build_parser() -> Parser:
     add("--quiet", action="count", help="print warnings, errors and the outcome only; given twice, "
         "not the outcome of a success")  # fmt: skip
     add("--json", action="store_true", help="print the run's summary on standard output")
+    add("--log-format", choices=("text", "json"),
+        help="json: messages on standard error as one JSON object a line")  # fmt: skip
     add("--version", action="version", version=f"sgsync {__version__}")
     parser = Parser(
         prog="sgsync.py",
@@ -8715,7 +10411,8 @@ def console_log(options: Options) -> Iterator[None]:
     handler = ConsoleHandler()
     nightly = options.command in ("sync", "schoolinks")
     plain = options.terminal or not nightly
-    handler.setFormatter(LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s"))
+    text = LogFormatter("%(message)s" if plain else "%(asctime)s %(message)s")
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else text)
     quiet = options.quiet or (options.terminal and nightly)
     handler.setLevel(logging.WARNING if quiet else level)
     if options.command == "check" and not options.verbose:  # Its findings say all that is logged.

@@ -68,6 +68,11 @@ def shown(path: Path | str) -> str:
     return min(os.path.relpath(path), str(path), key=len)
 
 
+def nearby(text: str) -> str:
+    """Paths below this directory, in a message, as a user in it would type them."""
+    return text.replace(f"{Path.cwd()}{os.sep}", "")
+
+
 def run_sgsync(command: Sequence[str], code: int) -> None:
     """Run a command line of sgsync, which must end with this exit code.
 
@@ -79,8 +84,8 @@ def run_sgsync(command: Sequence[str], code: int) -> None:
     if done.returncode != code:
         print(done.stderr, file=sys.stderr)
         raise DemoError(f"{shlex.join(command)} ended with {done.returncode} instead of {code}")
-    last = re.split(r"(?m)^\d{4}-\d\d-\d\d [\d:,]+ ", done.stderr)[-1].rstrip()
-    say(re.sub(r"(?m)^ *", "  ", last))
+    last = re.split(r"(?m)^\d{4}-\d\d-\d\d \S+ ", done.stderr)[-1].rstrip()
+    say(re.sub(r"(?m)^ *", "  ", nearby(last)))
 
 
 # ------------------------------------------------------------------ SameGoal: SftpServer
@@ -529,7 +534,7 @@ def four_nights(stage: Stage) -> tuple[list[Sight], District]:
 
     say("\nA person looks at diff/ in the run's folder, finds that the deletes are right,")
     say("and enters the printed command. It makes the changes shown, and no others.")
-    say(f"$ {approval}")
+    say(f"$ {nearby(approval)}")
     deletes = [("iep.csv", "delete", row, ("",) * len(row)) for row in gone]
     district.checked(shlex.split(approval), deletes)
 

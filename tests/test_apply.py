@@ -349,7 +349,7 @@ def test_apply_stops_beyond_max_failures(home: homes.Home) -> None:
     reason = REASON[home.database.kind].format("1003")
     assert message.startswith(
         f"stopped: more than maxFailures=1 rows failed; the last one: insert of {key(ROWS[3])}: "
-        f"{name}: {reason}"
+        f"{'SQL: ' if name == 'SQL' else ''}{reason}"
     )
     assert message.endswith(
         f"\nTry: look at {home.run / 'failures.csv'}; the rows already written stay, and the next "
@@ -449,7 +449,7 @@ def test_apply_tells_the_whole_key_where_a_part_of_it_equals_a_value(
     procedure(home, "RAISE '% of % is locked by %', d, n, m;")
     home.extract([("1001", "2026-01-05", "01", "05"), ("1002", "2026-01-05", "x", "1002 Lee")])
     assert home.main() == 8
-    assert [row[3] for row in failures(home)[1:]] == [
+    assert [row[4] for row in failures(home)[1:]] == [
         "sg_iep_upsert: ERROR: 2026-01-05 of 1001 is locked by ...",
         "sg_iep_upsert: ERROR: 2026-01-05 of 1002 is locked by ...",
     ]

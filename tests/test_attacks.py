@@ -45,7 +45,7 @@ def serve(home: homes.Home) -> Iterator[Callable[[type[asyncssh.SFTPServer]], Ot
     with contextlib.ExitStack() as stack:
 
         def start(handler: type[asyncssh.SFTPServer]) -> OtherServer:
-            return stack.enter_context(contextlib.closing(OtherServer(home, handler)))
+            return stack.enter_context(contextlib.closing(OtherServer(home, sftp_factory=handler)))
 
         yield start
 
@@ -72,7 +72,7 @@ def told(home: homes.Home, capfd: pytest.CaptureFixture[str], code: int, *argv: 
     for line in f"{err}{home.log}".splitlines():
         assert LOG_LINE.match(line), line
     assert json.loads(out)["exit_code"] == code
-    assert "\\x1b[2J" in home.log, home.log  # it was told, in a form that does no harm
+    assert "\\x1b[2J" in home.log, home.log  # it was told, but harmlessly
     return home.log
 
 

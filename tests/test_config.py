@@ -997,19 +997,20 @@ PASSWORDS = [
 ]
 
 
-@pytest.mark.parametrize("form", ["${env:TEST_PASSWORD}", "{${env:TEST_PASSWORD}}"])
+@pytest.mark.parametrize("written", ["${env:TEST_PASSWORD}", "{${env:TEST_PASSWORD}}"])
 def test_load_config_quotes_passwords_for_odbc(
     tmp_path: Path,
     postgres_server: servers.Postgres,
     monkeypatch: pytest.MonkeyPatch,
-    form: str,
+    written: str,
 ) -> None:
     """Every password logs in to a real server through a real driver."""
     import pyodbc
 
     postgres_server.start()
     admin = servers.Database("postgresql", postgres_server.connection_string())
-    given = postgres_server.connection_string(password=form).replace("UID=sgsync", "UID=sg_quoted")
+    given = postgres_server.connection_string(password=written)
+    given = given.replace("UID=sgsync", "UID=sg_quoted")
     text = changed("Driver={Some};Server=db;UID=sis;PWD=${env:TEST_PASSWORD}", given)
     admin.execute("CREATE ROLE sg_quoted LOGIN")
     try:

@@ -249,7 +249,7 @@ def test_csv_file_cut_anywhere_gives_whole_records_or_an_error(tmp_path: Path, s
         'a,b\n"1",2\n',
     ],
 )
-def test_csv_file_brings_all_spellings_into_one_form(tmp_path: Path, text: str) -> None:
+def test_csv_file_reads_all_spellings_alike(tmp_path: Path, text: str) -> None:
     path = tmp_path / "iep.csv"
     path.write_bytes(text.encode())
     with sgsync.CsvFile(path) as file:
@@ -607,6 +607,19 @@ def test_csv_writer_writes_rfc_4180_that_reads_back(path: Path, rows: list[list[
     assert parse(data.decode()) == list(zip(lines_of(rows), [["a", "b"], *rows], strict=True))
     assert data.endswith(b"\r\n")
     assert [list(row) for _, row in read(path)[1]] == rows
+
+
+@settings(max_examples=300)
+@given(
+    rows=st.integers(2, 4).flatmap(
+        lambda width: st.lists(st.lists(fields, min_size=width, max_size=width), max_size=5)
+    )
+)
+def test_encode_rows_writes_what_csv_writer_writes(rows: list[list[str]]) -> None:
+    canonical = ["\0".join(row).encode().replace(b"\n", b"\xff") for row in rows]
+    expected = io.StringIO(newline="")
+    csv.writer(expected).writerows(rows)
+    assert sgsync.encode_rows(canonical) == expected.getvalue().encode()
 
 
 def lines_of(rows: list[list[str]]) -> list[int]:

@@ -41,10 +41,12 @@ def opened(connection_string: str, **values: Any) -> sgsync.Database:
     return sgsync.Database(sgsync.DatabaseSettings(**known))
 
 
-def exported(database: servers.Database, sql: str, path: Path, form: str | None = None) -> str:
+def exported(
+    database: servers.Database, sql: str, path: Path, date_format: str | None = None
+) -> str:
     """The CSV file that a query makes, read by Python's own reader into lines joined by |."""
     with opened(database.connection_string) as connection:
-        sgsync.write_query(connection, "subject", sql, path, nothing, form)
+        sgsync.write_query(connection, "subject", sql, path, nothing, date_format)
     with path.open(encoding="utf-8", newline="") as file:
         return "\n".join("|".join(row) for row in csv.reader(file))
 
@@ -464,7 +466,7 @@ TYPES = {
 }
 
 
-def test_write_query_writes_each_type_in_one_form(
+def test_write_query_writes_each_type_in_one_format(
     database: servers.Database, tmp_path: Path
 ) -> None:
     create, insert, select, text = TYPES[database.kind]
@@ -524,8 +526,8 @@ def test_write_query_counts_rows(sqlite: servers.Database, tmp_path: Path, count
     assert path.read_text().split() == ["n", *map(str, range(count))]
 
 
-def test_query_options_bring_two_forms_together(postgres_home: homes.Home) -> None:
-    """dateFormat, nullText, trim and sort: the same rows in two forms are no change."""
+def test_query_options_bring_two_formats_together(postgres_home: homes.Home) -> None:
+    """dateFormat, nullText, trim and sort: the same rows in two formats are no change."""
     home = postgres_home
     home.extract([("9", "01/05/2026", "LOCKED ", "NULL"), ("10", "01/06/2026", "OPEN", "Bob")])
     home.sis([("10", "2026-01-06", "OPEN", "Bob"), ("9", "2026-01-05", "LOCKED", "")])
@@ -598,13 +600,17 @@ def test_calls_give_sql_server_the_type_of_every_parameter(
     """Of NULL, too: without, Microsoft's driver asks the server about each of them."""
     recorder = Recorder(driver)
     monkeypatch.setattr(pyodbc, "connect", lambda *_, **__: recorder)
-    call = sgsync.Call(procedure="[my schema].p")
-    spec = sgsync.SqlDiff(file="a.csv", key=("id",), query="", where="", calls={"insert": call})
-    with opened("x") as database, sgsync.Failures(tmp_path / "failures.csv", 0) as failures:
-        applier = sgsync.Applier(database, spec, "insert", failures)
-        applier.bind(("id", "note"))
+    calls = {"insert": sgsync.Call(procedure="[my schema].p")}
+    columns = ("id", "note")
+    key = sgsync.Key(["id"], columns, "a.csv")
+    found = sgsync.Comparison(sgsync.SqlDiff(file="a.csv", calls=calls), columns, key)
+    failures = sgsync.Failures(tmp_path, 0)
+    with opened("x") as database:
+        tally = sgsync.Tally()
+        applier = sgsync.Applier(database, found, "insert", tally, failures)
         applier.apply([("1", ""), ("2", "x" * 2000), ("3", "😀" * 2001), *[("4", "")] * 48])
         sent = recorder.sent.copy()
+    assert tally.applied == 51
     call_text = "EXEC [my schema].p ?, ?"
     (sql, values, types), (rest, *_), (commit, *_) = sent
     assert sql == "\n;\n".join([call_text] * 50) + "\n;"

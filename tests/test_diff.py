@@ -8,6 +8,7 @@ output), `expected.err` (standard error) and `code`, all to the byte.
 from __future__ import annotations
 
 import csv
+import decimal
 import io
 import itertools
 import os
@@ -37,6 +38,11 @@ BLOCK_SIZES = (1, 7, 64, 300, sgsync.BLOCK_BYTES)
 SORT_SIZES = (1, 50, sgsync.SORT_BYTES)
 NUMBERS = ("0", "1", "01", "-1", "-01", "2", "10", "9", "-10", "007", "7", "-0", "100000000000000")
 block_sizes = st.sampled_from(BLOCK_SIZES)
+# How both sides are written (see `spell`): at will, or alike, all quoted or only what must be.
+line_ends = st.sampled_from(["", "\r\n", "\n"])
+seeds_of_both = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)) | st.sampled_from(
+    [(0, 7), (1, 8), (1, 0)]
+)
 fields = st.text(CHARACTERS, max_size=3) | st.sampled_from(["", "a", "b", "1"])
 
 
@@ -161,7 +167,8 @@ def tables(draw: st.DrawFn) -> tuple[str | None, Rows, Rows]:
 @settings(max_examples=600)
 @given(
     table=tables(),
-    seeds=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    seeds=seeds_of_both,
+    line_end=line_ends,
     block=block_sizes,
     shuffle=st.none() | st.tuples(st.integers(0, 10**6), st.sampled_from(SORT_SIZES)),
 )
@@ -169,6 +176,7 @@ def test_diff_applied_to_b_gives_a(
     files: tuple[Path, Path],
     table: tuple[str | None, Rows, Rows],
     seeds: tuple[int, int],
+    line_end: str,
     block: int,
     shuffle: tuple[int, int] | None,
 ) -> None:
@@ -181,7 +189,7 @@ def test_diff_applied_to_b_gives_a(
         for rows in (ours, theirs):
             random.Random(shuffle[0]).shuffle(rows)
     data = [
-        ("\ufeff" * (seed % 3 == 0) + spell([header, *rows], seed)).encode()
+        ("\ufeff" * (seed % 3 == 0) + spell([header, *rows], seed, line_end)).encode()
         for seed, rows in zip(seeds, (ours, theirs), strict=True)
     ]
     for path, content in zip(files, data, strict=True):
@@ -253,18 +261,21 @@ def disorders(draw: st.DrawFn) -> tuple[str | None, Rows, Rows]:
 @settings(max_examples=600)
 @given(
     disorder=disorders(),
-    seeds=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    seeds=seeds_of_both,
+    line_end=line_ends,
     block=block_sizes,
 )
 def test_diff_refuses_what_does_not_ascend_on_either_side(
     files: tuple[Path, Path],
     disorder: tuple[str | None, Rows, Rows],
     seeds: tuple[int, int],
+    line_end: str,
     block: int,
 ) -> None:
     key, *sides = disorder
     data = [
-        spell([list("abc"), *rows], seed).encode() for rows, seed in zip(sides, seeds, strict=True)
+        spell([list("abc"), *rows], seed, line_end).encode()
+        for rows, seed in zip(sides, seeds, strict=True)
     ]
     for path, content in zip(files, data, strict=True):
         path.write_bytes(content)
@@ -280,7 +291,7 @@ def test_diff_refuses_what_does_not_ascend_on_either_side(
 
 def pass_all(rows: sgsync.OrderedRows, size: int) -> None:
     while rows.fill():
-        rows.take(rows.ahead(size)[0])
+        rows.take(rows.ahead(size))
 
 
 @settings(max_examples=150)
@@ -304,7 +315,7 @@ def test_sorted_blocks_are_what_python_sorts(
     path.write_bytes(text.encode())
     with sizes(block, run), sgsync.CsvFile(path) as file:
         found = sgsync.Key(key.split(",") if key else None, file.columns, "ic/iep.csv")
-        blocks = list(sgsync.Sorter(file, file.blocks(), found).blocks())
+        blocks = list(sgsync.Sorter(file, found).blocks())
         joined = b"".join(block.data for block in blocks)
         in_order = [sgsync.decode_row(row) for row in joined[:-1].split(b"\n")]
         assert sorted(in_order) == sorted(rows)
@@ -317,7 +328,7 @@ def test_sorted_blocks_are_what_python_sorts(
             lines.setdefault(of(row), line)
             line += 1 + sum(field.count("\n") for field in row)
         if twice:
-            ordered = sgsync.OrderedRows(file, iter(blocks), found)
+            ordered = sgsync.OrderedRows(file, found, iter(blocks))
             with pytest.raises(sgsync.DataError) as caught:
                 pass_all(ordered, block)
             _, line_before, line = min(twice)
@@ -338,7 +349,7 @@ def test_sorted_blocks_order_a_line_break_among_control_characters(
     for key in ("a", "b,a", None):
         with sizes(block, sort=1), sgsync.CsvFile(files[0]) as file:
             found = sgsync.Key(key.split(",") if key else None, ("a", "b"), "")
-            blocks = sgsync.Sorter(file, file.blocks(), found).blocks()
+            blocks = sgsync.Sorter(file, found).blocks()
             data = b"".join(block.data for block in blocks)
             found = [list(sgsync.decode_row(row)) for row in data[:-1].split(b"\n")]
             assert found == rows
@@ -522,6 +533,134 @@ def test_diff_refuses_a_file_of_no_bytes(files: tuple[Path, Path], empty: int) -
         compare(*files, "id")
     shown = ("ia/iep.csv", "ic/iep.csv")[empty]
     assert str(caught.value) == (f"{shown}: is empty: it has no header line\nTry: export it again")
+
+
+@pytest.mark.parametrize(
+    ("text", "separator"),
+    [
+        ("id;name\n1;Lee\n", "semicolons"),
+        ('"id";"name"\n"1";"Lee"\n', "semicolons"),
+        ("id\tname\n1\tLee\n", "tabs"),
+        ('"id"|"name"\n"1"|"Lee"\n', "vertical bars"),
+    ],
+)
+@pytest.mark.parametrize("side", [0, 1])
+def test_diff_names_another_separator_than_commas(
+    files: tuple[Path, Path], text: str, separator: str, side: int
+) -> None:
+    write(files[1 - side], "id,name", "1,Lee")
+    files[side].write_text(text, newline="")
+    with pytest.raises(sgsync.DataError) as caught:
+        compare(*files, "id")
+    assert str(caught.value) == (
+        f"{('ia', 'ic')[side]}/iep.csv:1: the file is separated by {separator}, not commas: was it "
+        "saved by Excel?\nTry: export it again with commas (Excel uses the list separator of the "
+        "Windows regional settings)"
+    )
+
+
+def test_diff_takes_a_separator_in_the_name_of_a_single_column(files: tuple[Path, Path]) -> None:
+    for path in files:
+        write(path, "id;name", "1;Lee")
+    assert len(compare(*files)[0]) == 1
+
+
+# ------------------------------------------------------------------ differences of format
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ("a\r\nb", "a\nb", "breaks"),
+        ("a\r\n", "a\n", "breaks"),
+        ("a\rb", "a\nb", "breaks"),
+        ("a\n", "a", ""),
+        ("a ", "a", "blanks"),
+        ("", "  ", "blanks"),
+        ("a\t", "a", ""),
+        ("STRASSE", "straße", "case"),
+        ("NULL", "", "null"),
+        ("", "\\N", "null"),
+        ("NULL", "a", ""),
+        ("1.50", "1.5", "number"),
+        ("+1", "01", "number"),
+        ("-0", "0", "number"),
+        (".5", "0.50", "number"),
+        ("1e3", "1000", ""),
+        ("1", "2", ""),
+        ("2026-04-09", "4/9/2026", "date"),
+        ("2026-04-09", "04/09/26", "date"),
+        ("20260409", "2026/04/09", "date"),
+        ("09.04.2026", "2026-04-09T00:00:00", "date"),
+        ("2026-04-09 00:00:00.000", "2026-04-09", "date"),
+        ("2026-04-09 10:30", "2026-04-09T10:30:00", "date"),
+        ("2026-04-09 10:30", "2026-04-09", ""),
+        ("04/09/1968", "04/09/68", ""),
+        ("04/09/1969", "04/09/69", "date"),
+        ("2026-02-30", "02/30/2026", ""),
+        ("2026-04-09", "09/04/2026", ""),
+        ("2026-04-09", "2026-04-10", ""),
+        ("12026-04-09", "2026-04-09", ""),
+        ("--------", "2026-04-09", ""),
+    ],
+)
+def test_format_differences_tell_kinds_apart(before: str, after: str, kind: str) -> None:
+    assert sgsync.FormatDifferences.kind(before, after) == kind
+    assert sgsync.FormatDifferences.kind(after, before) == kind
+
+
+def test_format_differences_never_advise_a_format_that_strftime_cannot_write(
+    files: tuple[Path, Path],
+) -> None:
+    """10/11/2026 looks padded; 4/9/2026 in the same column shows that it is not."""
+
+    def advice(*dates: tuple[str, str]) -> str:
+        write(files[0], "id,start", *(f"{n},{after}" for n, (_, after) in enumerate(dates)))
+        write(files[1], "id,start", *(f"{n},{before}" for n, (before, _) in enumerate(dates)))
+        (sentence,) = compare(*files, "id")[1].format_differences
+        return sentence.split("; ")[1]
+
+    start = "change the query so that start is written as "
+    date_type = ' (if the query returns a date type, dateFormat="%m/%d/%Y" does this)'
+    padded, unpadded = ("2026-10-11", "10/11/2026"), ("2026-04-09", "4/9/2026")
+    assert advice(padded) == f"{start}MM/DD/YYYY instead of YYYY-MM-DD{date_type}"
+    for dates in ((padded, unpadded), (unpadded, padded)):
+        assert advice(*dates) == f"{start}M/D/YYYY instead of YYYY-MM-DD"
+    assert advice(("04/09/2026", "2026-04-09 00:00:00.000")) == (
+        f"{start}YYYY-MM-DD hh:mm:ss.000 instead of MM/DD/YYYY"
+    )
+    assert advice(("04/09/2026", "2026-04-09 00:00:00")) == (
+        f"{start}YYYY-MM-DD hh:mm:ss instead of MM/DD/YYYY (if the query returns a date type, "
+        'dateFormat="%Y-%m-%d %H:%M:%S" does this)'
+    )
+    assert advice(("04/9/2026", "4/09/2026")) == f"{start}SameGoal writes it"
+
+
+def test_format_differences_are_told_of_the_first_updates(files: tuple[Path, Path]) -> None:
+    count = sgsync.FormatDifferences.LOOKED_AT
+    rows = range(10_000, 10_000 + 2 * count)
+    write(files[0], "id,n", *(f"{row},1.50" for row in rows))
+    write(files[1], "id,n", *(f"{row},{1.5 if row < 10_000 + count else 2}" for row in rows))
+    assert compare(*files, "id")[1].format_differences == [
+        f"iep.csv: {count:,} of the first {count:,} updates differ only in format: column n, "
+        "number format, as in id=10000: '9.9' in the database, '9.99' from SameGoal; "
+        'ignoreNumberForm="true" on this <SQLDiff> would fix this'
+    ]
+
+
+def test_diff_ignores_formats_in_every_update_and_in_nothing_else(
+    files: tuple[Path, Path],
+) -> None:
+    write(files[0], "id,n,m", *(f"{n},A,1.0" for n in range(1000, 9000)), "9000,A,2", "9001,,")
+    write(files[1], "id,n,m", *(f"{n},a,1.00" for n in range(1000, 9000)), "9000,a,3", "9002,,")
+    changes, counts = compare(*files, "id", ignore_case=True, ignore_number_form=True)
+    assert changes[1:] == [
+        ["update", "9000", "a", "3", "9000", "A", "2"],
+        ["insert", "", "", "", "9001", "", ""],
+        ["delete", "9002", "", "", "", "", ""],
+    ]
+    assert counts.format_differences == []
+    assert compare(*files, "id", ignore_case=True)[1].update == 8001
 
 
 # ------------------------------------------------------------------ memory
@@ -789,3 +928,63 @@ def test_diff_command_reads_and_writes_named_pipes(
         assert read.pop() == changes
         assert out.is_fifo()
     assert f"{a}: is empty: it has no header line".encode() in capsysbinary.readouterr().err
+
+
+# ------------------------------------------------------------------ columns and tolerance
+
+
+def test_diff_ignores_columns_but_keeps_them_in_the_evidence(files: tuple[Path, Path]) -> None:
+    write(files[0], "id,a,note,extra", "1,x,new,e", "2,y,same,e", "3,z,n,e")
+    write(files[1], "id,old,a,note", "1,o,x,old", "2,o,changed,same")
+    rows, found = compare(*files, "id", ignore_columns=("note", "extra", "old"))
+    assert rows == [
+        ["operation", "before_id", "before_a", "before_note", "after_id", "after_a", "after_note"],
+        ["update", "2", "changed", "same", "2", "y", "same"],
+        ["insert", "", "", "", "3", "z", "n"],
+    ]
+    assert (found.columns, found.new_columns) == (("id", "a", "note"), ())
+
+
+def test_diff_reports_new_columns_and_goes_on(files: tuple[Path, Path]) -> None:
+    write(files[0], "id,new one,a", "1,n,x", '2,"n,",y')
+    write(files[1], "id,a", "1,x", "2,z")
+    with pytest.raises(sgsync.DataError, match="unexpected new one"):
+        compare(*files, "id")
+    rows, found = compare(*files, "id", new_columns="report")
+    assert rows[1:] == [["update", "2", "z", "2", "y"]]
+    assert found.new_columns == ("new one",)
+    found.sql_diff.calls["update"] = sgsync.Call(procedure="dbo.p")
+    told = sgsync.new_columns_warning(found)
+    assert told.startswith("iep.csv: SameGoal's file has new columns, which are neither compared")
+    assert "d.new one,\nprocedure dbo.p: @new one nvarchar(4000),\ntable: ALTER TABLE" in told
+    write(files[0], "x,y", "1,n")
+    with pytest.raises(sgsync.DataError, match="its header may be missing"):
+        compare(*files, "id", new_columns="report")
+
+
+def test_diff_names_the_line_behind_a_column_that_is_left_out(files: tuple[Path, Path]) -> None:
+    write(files[0], "id,new,a", '1,"n\nn",x', "3,n,x", "2,n,y")
+    write(files[1], "id,a", "1,x")
+    with pytest.raises(sgsync.DataError, match=r"iep\.csv:5: not sorted: line 4 .* line 5 "):
+        compare(*files, "id", new_columns="report")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "differs"),
+    [
+        ("3.5", "3.505", False),
+        ("3.5", "3.495", False),
+        ("3.5", "3.506", True),
+        ("-0.001", "0.001", False),
+        ("3.5", "", True),
+        ("3.5", "A", True),
+        ("1e3", "1000", True),
+    ],
+)
+def test_diff_tolerates_numbers_that_are_close(
+    files: tuple[Path, Path], before: str, after: str, differs: bool
+) -> None:
+    write(files[0], "id,gpa,name", f"1,{after},x", "2,3.5,y")
+    write(files[1], "id,gpa,name", f"1,{before},x", "2,3.5,z")
+    rows, _ = compare(*files, "id", tolerance=(("gpa", decimal.Decimal("0.005")),))
+    assert [row[1] for row in rows[1:]] == (["1", "2"] if differs else ["2"])

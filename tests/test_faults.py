@@ -296,9 +296,9 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, *epochs: str) -> None:
     left = list(epochs)
     strftime = time.strftime
 
-    def fake(form: str, *when: object) -> str:
-        if form != "%Y%m%d-%H%M%S" or when:
-            return strftime(form, *when)  # type: ignore[arg-type]
+    def fake(pattern: str, *when: object) -> str:
+        if pattern != "%Y%m%d-%H%M%S" or when:
+            return strftime(pattern, *when)  # type: ignore[arg-type]
         return left.pop(0) if len(left) > 1 else left[0]
 
     monkeypatch.setattr(time, "strftime", fake)
@@ -343,7 +343,7 @@ def test_sync_says_that_its_epoch_is_on_the_server_already(
     (there / "other.csv").write_text("other")
     set_clock(monkeypatch, "20260105-020000")
     assert home.main() == 3
-    assert "20260105-020000: is there already, perhaps by another installation" in home.log
+    assert "20260105-020000: already exists, perhaps from another installation" in home.log
     assert [path.name for path in there.iterdir()] == ["other.csv"]
     set_clock(monkeypatch, "20260105-020001")
     assert home.main() == 0

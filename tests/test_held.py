@@ -235,34 +235,26 @@ def test_sync_verify_is_silent_when_all_converged(home: homes.Home) -> None:
     assert (home.run / "verify/diff/iep.csv").read_text(encoding="utf-8").count("\n") == 1
 
 
+FIX = " on this <SQLDiff> would fix this"
+DATE = "change the query so that manager is written as "
+
+
 @pytest.mark.parametrize(
-    ("source", "sis", "what", "settles"),
+    ("source", "sis", "what", "remedy"),
     [
-        ("Lee", "Lee ", "trailing blanks", 'trim="true" on this <SQLDiff> would fix this'),
-        ("Lee", "LEE", "letter case", 'ignoreCase="true" on this <SQLDiff> would fix this'),
-        (
-            "8765.5",
-            "8765.50",
-            "number format",
-            'ignoreNumberFormat="true" on this <SQLDiff> would fix this',
-        ),
-        (
-            "01/31/2026",
-            "2026-01-31",
-            "date format",
-            "change the query so that manager is written as MM/DD/YYYY instead of YYYY-MM-DD (if "
-            'the query returns a date type, dateFormat="%m/%d/%Y" does this)',
-        ),
-        (
-            "NULL",
-            "",
-            "a word for an empty field",
-            'nullText="NULL" on this <SQLDiff> would fix this',
-        ),
+        ("Lee", "Lee ", "trailing blanks", 'trim="true"' + FIX),
+        ("Lee", "LEE", "letter case", 'ignoreCase="true"' + FIX),
+        ("8765.5", "8765.50", "number format", 'ignoreNumberFormat="true"' + FIX),
+        ('"a\nb"', "a\r\nb", "line breaks", 'ignoreLineBreaks="true"' + FIX),
+        ("NULL", "", "a word for an empty field", 'nullText="NULL"' + FIX),
+        ("01/31/2026", "2026-01-31", "date format",
+         DATE + "MM/DD/YYYY instead of YYYY-MM-DD (if the query returns a date type, "
+         'dateFormat="%m/%d/%Y" does this)'),
+        ("4/9/2026", "2026-04-09", "date format", DATE + "M/D/YYYY instead of YYYY-MM-DD"),
     ],
-)
-def test_diff_names_differences_in_format(
-    sqlite_home: homes.Home, source: str, sis: str, what: str, settles: str
+)  # fmt: skip
+def test_diff_names_differences_of_format(
+    sqlite_home: homes.Home, source: str, sis: str, what: str, remedy: str
 ) -> None:
     home = sqlite_home
     home.extract([(f"{n}", "2026-01-05", "LOCKED", source) for n in (1001, 1002, 1003)])
@@ -272,13 +264,17 @@ def test_diff_names_differences_in_format(
         f"iep.csv: 3 of 3 updates differ only in format: column manager, {what}, as in "
         "studentNumber=1001, startDate=2026-01-05: "
     ) in home.log
-    assert settles in home.log
-    assert source not in home.log.replace(settles, "") or source.isupper()
+    assert f"{remedy}\n" in home.log
+    assert source not in home.log.replace(remedy, "") or source.isupper()
 
 
 @pytest.mark.parametrize(
     ("attribute", "source", "sis"),
-    [('ignoreCase="true"', "Lee", "LEE"), ('ignoreNumberFormat="true"', "1.5", "01.50")],
+    [
+        ('ignoreCase="true"', "Lee", "LEE"),
+        ('ignoreNumberFormat="true"', "1.5", "01.50"),
+        ('ignoreLineBreaks="true"', '"a\nb"', "a\r\nb"),
+    ],
 )
 def test_diff_ignores_formats_that_it_is_told_to(
     sqlite_home: homes.Home, attribute: str, source: str, sis: str

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import getpass
+import hashlib
+import io
 import json
 import os
 import re
@@ -19,7 +22,7 @@ from typing import Any
 import pytest
 
 import sgsync
-from support import homes
+from support import homes, kept
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -69,7 +72,7 @@ def test_run_leaves_the_folder_that_the_design_names(home: homes.Home) -> None:
     left = {path.relative_to(home.run).as_posix(): path for path in home.run.rglob("*")}
     assert sorted(left) == [
         "COMPLETE", "diff", "diff/iep.csv", "ia", "ia/iep.csv", "ic", "ic/iep.csv",
-        "open_records.csv", "sgi_log.txt", "summary.json",
+        "manifest.json", "open_records.csv", "report.html", "sgi_log.txt", "summary.json",
     ]  # fmt: skip
     assert (home.run / "COMPLETE").read_bytes() == b""
     newest = max(path.stat().st_mtime_ns for name, path in left.items() if name != "sgi_log.txt")
@@ -118,7 +121,7 @@ def test_run_log_tells_each_step(home: homes.Home) -> None:
         "iep.csv: 2 of 2 changes applied, 0 failed",
         f"statement 1 of <Upload> (config.xml:{home.line('<SQL>')}): done",
         login,
-        f"pushed 5 files to {home.sftp_root.as_posix()}/upload/{home.run.name}",
+        f"pushed 7 files to {home.sftp_root.as_posix()}/upload/{home.run.name}",
     ]
     assert re.fullmatch(
         r"complete: 2 rows inserted, 0 rows updated, 0 rows deleted "
@@ -157,8 +160,8 @@ def test_run_summary_tells_the_outcome(home: homes.Home) -> None:
     assert {name: line[name] for name in expected} == expected
     assert home.counts("found") == home.counts("applied") == (1, 1, 1)
     assert home.counts("failed") == (0, 0, 0)
-    (kept,) = sgsync.runs(home.path / "history")
-    assert dataclasses.asdict(kept.summary) == home.summary
+    (run,) = sgsync.runs(home.path / "history")
+    assert dataclasses.asdict(run.summary) == home.summary
 
 
 def test_run_that_fails_leaves_its_reason(home: homes.Home) -> None:
@@ -168,7 +171,9 @@ def test_run_that_fails_leaves_its_reason(home: homes.Home) -> None:
         f"{home.path}/config.xml: cannot be read: No such file or directory\n"
         "Try: name the folder that holds config.xml with --home, or the file with --config"
     )
-    assert sorted(path.name for path in home.run.iterdir()) == ["sgi_log.txt", "summary.json"]
+    assert sorted(path.name for path in home.run.iterdir()) == [
+        "manifest.json", "report.html", "sgi_log.txt", "summary.json",
+    ]  # fmt: skip
     assert home.summary["outcome"] == "failed"
 
 
@@ -211,12 +216,12 @@ def test_summary_of_another_version_or_of_none_can_be_read(tmp_path: Path) -> No
         (tmp_path / name / "summary.json").write_text(text, encoding="utf-8")
     (tmp_path / "20260101-000005").mkdir()
     (tmp_path / "README").touch()
-    kept = {run.epoch: run.summary for run in sgsync.runs(tmp_path)}
-    assert list(kept) == [f"20260101-00000{n}" for n in (5, 4, 3, 2, 1)]
-    summary = kept.pop("20260101-000001")
+    found = {run.epoch: run.summary for run in sgsync.runs(tmp_path)}
+    assert list(found) == [f"20260101-00000{n}" for n in (5, 4, 3, 2, 1)]
+    summary = found.pop("20260101-000001")
     assert summary is not None
     assert (summary.command, summary.files) == ("sync", [sgsync.FileSummary("a.csv")])
-    assert not any(kept.values())
+    assert not any(found.values())
 
 
 def test_two_runs_in_one_second_have_two_folders(tmp_path: Path) -> None:
@@ -458,3 +463,328 @@ def test_run_that_is_killed_leaves_a_home_that_works(postgres_home: homes.Home) 
     assert home.main() == 0
     assert home.sis_rows() == ROWS
     assert len(home.runs()) == 2
+
+
+# ------------------------------------------------------------------ the command
+
+
+def history(
+    capsys: pytest.CaptureFixture[str], home: Path, *argv: str, code: int = 0
+) -> tuple[str, str]:
+    """What `history` prints: standard output, standard error."""
+    assert sgsync.main(["history", "--home", str(home), *argv]) == code
+    printed = capsys.readouterr()
+    return printed.out, printed.err
+
+
+ANN, BOB = ("0100119", "2026-01-05", "OPEN", "Ann"), ("100119", "2026-01-06", "OPEN", "Bob")
+
+
+def test_history_lists_runs_newest_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept.run(tmp_path / "history", "20260101-020000", [kept.insert(*ANN)] * 1200, seconds=61.26)
+    kept.run(tmp_path / "history", "20260102-020000", [kept.delete(*ANN)], outcome="held",
+             files=[sgsync.FileSummary("iep.csv", delete=sgsync.Tally(1))])  # fmt: skip
+    (tmp_path / "history/20260103-020000").mkdir()
+    out, _ = history(capsys, tmp_path)
+    assert out.splitlines() == [
+        "            run  outcome   insert  update  delete  failed    time",
+        "20260103-020000  unknown        0       0       0       0   0.0 s",
+        "20260102-020000  held           0       0  0 of 1       0   0.0 s",
+        "20260101-020000  complete   1,200       0       0       0  61.3 s",
+    ]
+    out, _ = history(capsys, tmp_path, "--json")
+    assert [run["epoch"] for run in json.loads(out)] == [
+        "20260103-020000", "20260102-020000", "20260101-020000",
+    ]  # fmt: skip
+    out, _ = history(capsys, tmp_path, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["insert_applied"] for row in rows] == ["0", "0", "1200"]
+
+
+def test_history_of_schoolinks_and_of_many_homes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = sgsync.SectionSummary("gpa.csv", "GPA", rows=7, without={}, null_days=0)
+    for name in ("east", "west"):
+        kept.run(tmp_path / name / "history", f"20260101-02000{len(name) - 4}")
+        kept.run(tmp_path / name / "history/schoolinks", "20260102-020000", files=[],
+                 sections=[section])  # fmt: skip
+    (tmp_path / "no home").mkdir()
+    out, _ = history(capsys, tmp_path / "east", "--job", "schoolinks")
+    assert [line.split()[:6] for line in out.splitlines()] == [
+        ["run", "outcome", "insert", "update", "delete", "rows"],
+        ["20260102-020000", "complete", "0", "0", "0", "7"],
+    ]
+    out, _ = history(capsys, tmp_path / "east", "--homes", str(tmp_path / "*"), "--json")
+    assert [Path(run["home"]).name for run in json.loads(out)] == ["east", "west"]
+
+
+def test_history_shows_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = kept.run(
+        tmp_path / "history", "20260101-020000", [kept.insert(*ANN)], message="1 row\x1b[2J",
+        approval=sgsync.Approval("20251231-020000", "Pat", "closed school", "2026-01-01", 3),
+        stages=[sgsync.Stage("download", 0.5, 2.25)],
+    )  # fmt: skip
+    out, _ = history(capsys, tmp_path, "20260101-020000")
+    assert f"run:         20260101-020000, 0.0 s, {folder}\n" in out
+    assert "outcome:     complete (exit code 0): 1 row\\x1b[2J\n" in out
+    assert "approved:    run 20251231-020000 by Pat 2026-01-01 closed school\n" in out
+    assert re.search(r"\niep\.csv +4,000 +1 +0 +0 +0 ", out)
+    assert "\ndownload  2.2 s\n" in out
+    out, _ = history(capsys, tmp_path, "20260101-020000", "--json")
+    assert json.loads(out)["epoch"] == "20260101-020000"
+    _, err = history(capsys, tmp_path, "2026", code=2)
+    assert f"2026: there is no such run in {tmp_path}/history\n" in err
+    assert "    Try: sgsync.py history lists the runs" in err
+
+
+def test_history_refuses_what_contradicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv, message in (
+        (["--verify", "--key", "1"], "give only one of EPOCH, --key, --verify and --homes"),
+        (["--json", "--csv"], "give only one of --json and --csv"),
+        (["--key", ""], "--key: is empty"),
+        (["--key", "1", "--job", "schoolinks"], "--key: only runs of sync record changes of rows"),
+    ):
+        assert message in history(capsys, tmp_path, *argv, code=2)[1]
+    assert history(capsys, tmp_path)[0] == "no runs\n"
+
+
+def events(home: Path, value: str, file: str = "") -> list[str]:
+    return list(map(str, sgsync.KeySearch(home / "history", value, file).events()))
+
+
+def test_history_of_a_student_tells_all_changes_oldest_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home, locked = tmp_path / "history", (*BOB[:2], "LOCKED", 'Bob "B" Lee')
+    kept.run(home, "20260101-020000", [kept.insert(*ANN), kept.insert(*BOB)])
+    kept.run(home, "20260102-020000", [kept.update(BOB, locked)], outcome="held")
+    kept.run(home, "20260103-020000", [kept.update(BOB, locked)],
+             approval=sgsync.Approval("20260102-020000", "Pat", "as agreed", "", 1))  # fmt: skip
+    kept.run(home, "20260104-020000", [kept.update(locked, BOB)], outcome="dry run")
+    kept.run(home, "20260105-020000", [kept.delete(*locked)], forced=True)
+    file = sgsync.FileSummary("iep.csv", insert=sgsync.Tally(1, applied=1))
+    kept.run(home, "20260106-020000", [kept.insert(*BOB)], outcome="held", files=[file])
+    out, err = history(capsys, tmp_path, "--key", "100119")
+    key = "iep.csv studentNumber=100119, startDate=2026-01-06"
+    change = "status from 'OPEN' to 'LOCKED', manager from 'Bob' to 'Bob \"B\" Lee'"
+    assert out.splitlines() == [
+        f"2026-01-01 02:00:00 run 20260101-020000 inserted {key} (status 'OPEN', manager 'Bob')",
+        f"2026-01-02 02:00:00 run 20260102-020000 did not update {key} ({change}): the run was "
+        "held",
+        f"2026-01-03 02:00:00 run 20260103-020000 updated {key} ({change}); approved by Pat (as "
+        "agreed)",
+        f"2026-01-04 02:00:00 run 20260104-020000 did not update {key} (status from 'LOCKED' to "
+        "'OPEN', manager from 'Bob \"B\" Lee' to 'Bob'): a dry run",
+        f"2026-01-05 02:00:00 run 20260105-020000 deleted {key} (status 'LOCKED', manager "
+        "'Bob \"B\" Lee'); approved by svc with --force",
+        f"2026-01-06 02:00:00 run 20260106-020000 inserted {key} (status 'OPEN', manager 'Bob')",
+    ]
+    assert "Bob" not in err
+    # the number of another student, and what is no key column, are no match
+    assert len(events(tmp_path, "0100119")) == 1
+    assert events(tmp_path, "Ann") == events(tmp_path, "10011") == []
+    assert len(events(tmp_path, "2026-01-05")) == 1
+    assert events(tmp_path, "100119", "other.csv") == []
+    out, _ = history(capsys, tmp_path, "--key", "100119", "--json")
+    assert json.loads(out)[1]["values"]["status"] == ["OPEN", "LOCKED"]
+    out, _ = history(capsys, tmp_path, "--key", "100119", "--csv")
+    rows = list(csv.DictReader(io.StringIO(out, newline="")))
+    assert len(rows) == 12
+    assert (rows[3]["column"], rows[3]["after"]) == ("manager", 'Bob "B" Lee')
+    out, _ = history(capsys, tmp_path, "--key", "7")
+    assert out == "no change to a row with the key 7 in 6 runs\n"
+
+
+def test_history_of_a_student_tells_what_was_not_written(tmp_path: Path) -> None:
+    home, rows = tmp_path / "history", [(f"{n}", "2026-01-05", "OPEN", "x") for n in range(6)]
+    inserts = [kept.insert(*row) for row in rows]
+    stopped = sgsync.FileSummary("iep.csv", insert=sgsync.Tally(6, applied=3, failed=1))
+    folder = kept.run(home, "20260101-020000", inserts, outcome="failed", files=[stopped])
+    key = "studentNumber=2, startDate=2026-01-05"
+    kept.failures(folder, ("insert", key, "dbo.up", "bad\nstatus"))
+    assert [events(tmp_path, f"{n}")[0].split("'x')")[1] for n in range(6)] == [
+        "", "", ": bad status", "", ": the run stopped before this row",
+        ": the run stopped before this row",
+    ]  # fmt: skip
+    assert [" inserted " in events(tmp_path, f"{n}")[0] for n in range(6)] == [
+        True, True, False, True, False, False,
+    ]  # fmt: skip
+    alone = sgsync.FileSummary("iep.csv", delete=sgsync.Tally(1, left_alone=1))
+    kept.run(home, "20260102-020000", [kept.delete(*rows[0])], files=[alone])
+    kept.run(home, "20260103-020000", inserts, outcome="running")
+    left = sgsync.FileSummary("iep.csv", insert=sgsync.Tally(6, applied=6), not_converged=1)
+    folder = kept.run(home, "20260104-020000", inserts, outcome="partial", files=[left])
+    kept.table(folder / "notconverged.csv", ["file", "operation", "key", "procedure", "runs"],
+               [["iep.csv", "insert", key.replace("=2,", "=0,"), "dbo.up", "1"]])  # fmt: skip
+    folder = kept.run(home, "20260105-020000", inserts)
+    (folder / "summary.json").unlink()
+    told = events(tmp_path, "0")[1:]
+    assert [event.split(" ", 4)[4].split(" iep")[0] for event in told[:3]] == [
+        "did not delete", "may have inserted", "inserted",
+    ]  # fmt: skip
+    assert [event.split("'x'): ")[1] for event in told] == [
+        "left alone, config.xml had no <Delete> for this file",
+        "the run was killed, or is not finished",
+        "did not converge, the row still differs after the call",
+        "the run left no summary",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", ["7", "a,b", 'q"u"o', "line\r\nbreak", "\r\n", '"', "é", "x\n", ",", '"\r\n"']
+)
+def test_history_of_a_student_finds_the_record_whatever_is_in_it(
+    tmp_path: Path, value: str
+) -> None:
+    odd = ["7", "a,b", 'q"u"o', "line\r\nbreak", "\r\n", '"', "é", "x\n", ",", '"\r\n"', "77"]
+    rows = [(key, "1", other, value) for key in odd for other in odd]
+    kept.run(tmp_path / "history", "20260101-020000", [kept.insert(*row) for row in rows])
+    found = list(sgsync.KeySearch(tmp_path / "history", value, "").events())
+    assert [event.values["status"][1] for event in found] == odd
+
+
+def test_history_of_a_student_without_known_keys_looks_at_every_column(tmp_path: Path) -> None:
+    kept.run(tmp_path / "history", "20260101-020000", [kept.insert(*ANN)], keys={})
+    assert len(events(tmp_path, "Ann")) == 1
+    kept.run(tmp_path / "history", "20260102-020000")  # names the keys, also for the run before
+    assert events(tmp_path, "Ann") == []
+
+
+def test_history_of_a_student_after_real_runs(home: homes.Home) -> None:
+    home.configure(database='batchSize="1"')
+    home.extract([ROWS[0], ("1002", "2026-01-06", "BAD", "Bob")])
+    assert home.main() == 8
+    home.extract([(*ROWS[0][:3], "Eve")], epoch="20260102-139029")
+    assert home.main() == 0
+    key = "iep.csv studentNumber=1001, startDate=2026-01-05"
+    assert [event.split(" ", 4)[4] for event in events(home.path, "1001")] == [
+        f"inserted {key} (status 'LOCKED', manager 'Ann')",
+        f"updated {key} (manager from 'Ann' to 'Eve')",
+    ]
+    (refused,) = events(home.path, "1002")
+    assert " did not insert iep.csv studentNumber=1002" in refused
+    assert "bad status" in refused
+    stages = [stage["name"] for stage in home.summary["stages"]]
+    assert sorted(stages[:2]) == ["download", "export"]
+    assert stages[2:] == ["compare", "apply", "statements"]
+
+
+# ------------------------------------------------------------------ what was altered
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    """A home with four sealed runs."""
+    for day in range(1, 5):
+        kept.run(tmp_path / "history", f"2026010{day}-020000", [kept.insert(*ANN)], seal=True)
+    return tmp_path
+
+
+def altered(home: Path) -> list[str]:
+    return [f"{run}: {what}" for run, what in sgsync.verify(sgsync.runs(home / "history"))]
+
+
+def test_verify_passes_what_is_as_it_was(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (sealed / "history/20260102-020000/sgi_log.txt").open("a", encoding="utf-8") as log:
+        log.write("ended\n")  # after the sealing
+    (sealed / "history/20260102-020000/report.html").write_text("made again")
+    kept.run(sealed / "history", "20260105-020000", outcome="running")  # killed
+    kept.run(sealed / "history", "20260106-020000", outcome="busy")
+    out, _ = history(capsys, sealed, "--verify")
+    assert out == "4 runs verified, nothing was altered; 2 runs without manifest.json\n"
+    # pruned, the older ones first
+    for day in (1, 2):
+        sgsync.shutil.rmtree(sealed / f"history/2026010{day}-020000")
+    assert altered(sealed) == []
+
+
+def alter(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"Ann", b"Eve").replace(b"begun", b"began"))
+
+
+ALTERATIONS = {
+    "file altered": (lambda run: alter(run / "diff/iep.csv"), "diff/iep.csv was altered"),
+    "log altered": (lambda run: alter(run / "sgi_log.txt"), "sgi_log.txt was altered"),
+    "log cut": (lambda run: (run / "sgi_log.txt").write_text("beg"), "sgi_log.txt was altered"),
+    "missing": (lambda run: (run / "summary.json").unlink(), "summary.json is missing"),
+    "added": (lambda run: (run / "ia.csv").touch(), "ia.csv was added"),
+    "link": (
+        lambda run: [
+            (run / "diff/iep.csv").rename(run.parent / "x"),
+            (run / "diff/iep.csv").symlink_to(run.parent / "x"),
+        ],
+        "diff/iep.csv was replaced with a link",
+    ),
+    "no manifest": (
+        lambda run: (run / "manifest.json").unlink(),
+        "manifest.json is missing or cannot be read",
+    ),
+    "broken manifest": (
+        lambda run: (run / "manifest.json").write_text('{"run": 3}'),
+        "manifest.json is missing or cannot be read",
+    ),
+    "other manifest": (
+        lambda run: [
+            alter(run / "diff/iep.csv"),
+            sgsync.Manifest.write(run, sgsync.runs(run.parent)[-1:]),
+        ],
+        "manifest.json is not the one that run 20260103-020000 saw",
+    ),
+    "deleted": (
+        sgsync.shutil.rmtree,
+        "the run was deleted; run 20260103-020000 was made after it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "what"), ALTERATIONS.values(), ids=ALTERATIONS)
+def test_verify_names_the_first_run_altered(
+    sealed: Path, capsys: pytest.CaptureFixture[str], change: Any, what: str
+) -> None:
+    change(sealed / "history/20260102-020000")
+    alter(sealed / "history/20260104-020000/diff/iep.csv")
+    out, err = history(capsys, sealed, "--verify", code=5)
+    assert out.splitlines()[1].split(None, 1) == ["20260102-020000", what]
+    assert out.splitlines()[-1].split(None, 1) == ["20260104-020000", "diff/iep.csv was altered"]
+    assert f"the first run altered is 20260102-020000: {what}\n" in err
+    out, _ = history(capsys, sealed, "--verify", "--json", code=5)
+    assert json.loads(out)[0] == {"run": "20260102-020000", "what": what}
+
+
+def test_verify_finds_the_first_run_deleted_while_older_ones_are_kept(sealed: Path) -> None:
+    kept.run(sealed / "history", "20251231-020000", outcome="failed")  # of an older version
+    sgsync.shutil.rmtree(sealed / "history/20260101-020000")
+    assert altered(sealed) == [
+        "20260101-020000: the run was deleted; run 20260102-020000 was made after it"
+    ]
+
+
+def test_verify_passes_real_runs_of_every_kind(home: homes.Home) -> None:
+    assert home.main() == 0
+    manifest = json.loads((home.run / "manifest.json").read_text())
+    assert sorted(manifest["files"]) == [
+        "diff/iep.csv", "ia/iep.csv", "ic/iep.csv", "sgi_log.txt", "summary.json",
+    ]  # fmt: skip
+    pushed = home.pushed()["manifest.json"]
+    assert pushed == (home.run / "manifest.json").read_bytes()
+    first = hashlib.sha256(pushed).hexdigest()
+    assert home.main("sync", "--dry-run") == 0
+    previous = json.loads((home.run / "manifest.json").read_text())["previous"]
+    assert previous == {"run": home.runs()[0].name, "sha256": first}
+    home.extract([], epoch="20260102-139029")
+    assert home.main() == 6
+    assert "HELD" in json.loads((home.run / "manifest.json").read_text())["files"]
+    upload = home.sftp_root / "upload"
+    upload.rename(upload.with_name("gone"))
+    assert home.main() == 3  # after that of the outcome, the manifest of the failure
+    upload.with_name("gone").rename(upload)
+    assert home.main("sync", "--force") == 0
+    assert altered(home.path) == []
+    assert len([run for run in sgsync.runs(home.path / "history") if run.manifest]) == 5
+    alter(home.runs()[0] / "ia/iep.csv")
+    assert altered(home.path) == [f"{home.runs()[0].name}: ia/iep.csv was altered"]

@@ -1,6 +1,7 @@
 """The remedies that are commands, executed as printed, in the layout that docs/install.md makes.
 
-The job runs as an account of its own, which owns config.xml, the key and history, and nothing else.
+The job runs as an account of its own, which owns config.xml, the folders history and ssh, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def installed(sshd_server: servers.Sshd, sftp_root: Path) -> Iterator[homes.Home
     (path / "history").mkdir(0o700)
     home.extract([("1001", "2026-01-05", "LOCKED", "Ann")])
     home.sis([(f"{number}", "2026-01-05", "LOCKED", "Ann") for number in (1001, 1002, 1003)])
-    for mine in (path, path / "history", path / "config.xml", *(path / "ssh").iterdir(),
-                 folder / "sis", folder / "sis/sis.db"):  # fmt: skip
-        shutil.chown(mine, ACCOUNT if mine != path else "root")
+    mine = [path / name for name in ("history", "ssh", "config.xml")]
+    for owned in [*mine, *(path / "ssh").iterdir(), folder / "sis", folder / "sis/sis.db"]:
+        shutil.chown(owned, ACCOUNT)
     try:
         yield home
     finally:

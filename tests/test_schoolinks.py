@@ -1050,6 +1050,7 @@ SOME_STUDENT = st.fixed_dictionaries(
                 }
             ),
             max_size=6,
+            unique_by=lambda day: (day["calendardate"], day["fteid"]),
         ),
     }
 )  # fmt: skip
@@ -1476,7 +1477,9 @@ def test_a_query_error_uploads_nothing(district: District, table: str) -> None:
     message = district.refused(4)
     assert message.startswith("PowerSchool: the query of students, ")
     assert message.endswith(f": no such table: {table}")
-    assert sorted(path.name for path in district.run.iterdir()) == ["sgi_log.txt", "summary.json"]
+    assert sorted(path.name for path in district.run.iterdir()) == [
+        "manifest.json", "sgi_log.txt", "summary.json",
+    ]  # fmt: skip
 
 
 def test_a_connection_that_breaks_is_tried_again_from_the_start(district: District) -> None:
@@ -1504,7 +1507,7 @@ def test_schoolinks_uploads_to_real_servers_with_a_password(anywhere: District) 
     assert anywhere.sent() == expected
     assert anywhere.sent("other") == {}
     assert sorted(path.name for path in anywhere.run.iterdir()) == sorted(
-        [*FILES, "COMPLETE", "sgi_log.txt", "summary.json"]
+        [*FILES, "COMPLETE", "manifest.json", "sgi_log.txt", "summary.json"]
     )
     assert (anywhere.run / "COMPLETE").read_bytes() == b""
     anywhere.students(1003)
@@ -1576,7 +1579,7 @@ def test_schoolinks_dry_run_builds_the_files_and_connects_to_nobody(district: Di
     )
     assert {line["uploaded"] for line in district.summary["sections"]} == {""}
     assert sorted(path.name for path in district.run.iterdir()) == sorted(
-        [*FILES, "sgi_log.txt", "summary.json"]
+        [*FILES, "manifest.json", "sgi_log.txt", "summary.json"]
     )
 
 
@@ -1636,12 +1639,15 @@ def test_schoolinks_takes_the_host_key_from_beside_the_script_or_from_ssh(
 def test_schoolinks_without_a_host_key(district: District) -> None:
     district.students(1001)
     (district.path / "known_hosts").unlink()
-    path = district.path / "ssh/known_hosts"
+    port, path = district.server.port, district.path / "ssh/known_hosts"
     pin = f"pin the server's key: {trust(district)}"
     assert district.refused(2) == f"{path}: cannot be read: the file does not exist\nTry: {pin}"
     path.write_text("")
+    assert district.refused(3) == f"{path}: has no host key\nTry: {pin}"
+    path.write_text(f"sftp.schoolinks.com {HOST_KEY}\n")
     assert district.refused(3) == (
-        f"{path}: has no host keys\nTry: check SCHOOLINKS_SFTP_ADDRESS; if it is right, {pin}"
+        f"{path}: has no host key for [127.0.0.1]:{port}, only for sftp.schoolinks.com\n"
+        f"Try: check SCHOOLINKS_SFTP_ADDRESS; if it is right, {pin}"
     )
 
 

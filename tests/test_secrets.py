@@ -407,7 +407,7 @@ def test_rows_that_do_not_converge_tell_no_personal_data(
     assert "did not converge" in tells_nobody(8)
 
 
-def test_differences_in_form_tell_no_personal_data(
+def test_differences_of_format_tell_no_personal_data(
     postgres_home: homes.Home, tells_nobody: Check
 ) -> None:
     home = postgres_home
@@ -418,7 +418,7 @@ def test_differences_in_form_tell_no_personal_data(
         "CREATE OR REPLACE PROCEDURE sg_iep_upsert(n text, d text, s text, m text) "
         "LANGUAGE sql AS 'SELECT 1'"
     )
-    assert "blanks at the end, as in studentNumber=1001" in tells_nobody(0)
+    assert "trailing blanks, as in studentNumber=1001" in tells_nobody(0)
 
 
 HEADER = f"{homes.HEADER}\r\n"
@@ -427,9 +427,9 @@ HEADER = f"{homes.HEADER}\r\n"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"1001,2026-01-05,LOCKED,{MARK}\r\n", "perhaps its header is missing"),
+        (f"1001,2026-01-05,LOCKED,{MARK}\r\n", "its header may be missing"),
         (f"{HEADER}1001,2026-01-05,LOCKED,{MARK},{MARK}\r\n", "has 5 fields"),
-        (f'{HEADER}1001,2026-01-05,LOCKED,{MARK}"{MARK}\r\n', "a quote stands inside"),
+        (f'{HEADER}1001,2026-01-05,LOCKED,{MARK}"{MARK}\r\n', "a field contains a quote"),
         (f'{HEADER}1001,2026-01-05,LOCKED,"{MARK}\r\n', "is never closed"),
         (f"{HEADER}1001,2026-01-05,LOCKED,{MARK}\r{MARK}\r\n", "a carriage return"),
         (f"{HEADER}1001,2026-01-05,LOCKED,{MARK}\0\r\n", "NUL"),

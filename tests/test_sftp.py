@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -100,7 +101,7 @@ def tried_again(home: homes.Home) -> int:
 class OtherServer:
     """An SFTP server whose answers a test writes itself, as a class over asyncssh's."""
 
-    def __init__(self, home: homes.Home, handler: type[asyncssh.SFTPServer]) -> None:
+    def __init__(self, home: homes.Home, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -111,7 +112,7 @@ class OtherServer:
             0,
             server_host_keys=[key],
             authorized_client_keys=asyncssh.import_authorized_keys(public),
-            sftp_factory=handler,
+            **options,
         )
         self._listener = self._wait(listening)
         port = self._listener.get_port()
@@ -144,7 +145,7 @@ def serve(home: homes.Home) -> Iterator[Callable[[type[asyncssh.SFTPServer]], Ot
     started = []
 
     def start(handler: type[asyncssh.SFTPServer]) -> OtherServer:
-        started.append(OtherServer(home, handler))
+        started.append(OtherServer(home, sftp_factory=handler))
         return started[-1]
 
     yield start
@@ -356,7 +357,7 @@ def hashed(home: homes.Home, text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "form",
+    "rewritten",
     [
         pytest.param(hashed, id="hashed"),
         pytest.param(lambda _, text: f"# old\n\n{text}".replace("\n", "\r\n"), id="windows"),
@@ -364,10 +365,10 @@ def hashed(home: homes.Home, text: str) -> str:
         pytest.param(lambda home, text: home.sshd.other_known_hosts + text, id="two-keys"),
     ],
 )
-def test_connect_reads_known_hosts_in_the_forms_it_has(
-    home: homes.Home, form: Callable[[homes.Home, str], str]
+def test_connect_reads_known_hosts_in_the_formats_it_has(
+    home: homes.Home, rewritten: Callable[[homes.Home, str], str]
 ) -> None:
-    home.known_hosts(form(home, home.sshd.known_hosts))
+    home.known_hosts(rewritten(home, home.sshd.known_hosts))
     with session(home) as sftp:
         assert sftp.listing(home.sftp_root.as_posix())
 
@@ -731,7 +732,7 @@ def test_listing_has_a_bound(home: homes.Home, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def after_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None], int], None]:
-    """Does something when the first block of each file is in, `times` times at most."""
+    """Does something when the first block of z.csv is in, `times` times at most."""
 
     def arrange(what: Callable[[], None], times: int) -> None:
         taken, left = sgsync.Sftp._blocks, [times]
@@ -739,7 +740,7 @@ def after_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]
         def patched(sftp: sgsync.Sftp, reads: Any, file: Any) -> Iterator[bytes]:
             for number, block in enumerate(taken(sftp, reads, file)):
                 yield block
-                if number == 0 and left[0]:
+                if number == 0 and left[0] and file.path.endswith("z.csv"):
                     left[0] -= 1
                     what()
 
@@ -895,6 +896,414 @@ def test_read_ahead_that_fails_is_not_told_twice(
     assert threading.excepthook is hook
 
 
+# ------------------------------------------------------------------ many requests in flight
+
+SIZES = (0, 1, 20_000, 32_767, 32_768, 32_769, 100_000)
+
+
+def many(home: homes.Home, count: int = 40) -> dict[str, bytes]:
+    """An extract of that many files of all sizes."""
+    files = {f"{number:03}.csv": os.urandom(SIZES[number % len(SIZES)]) for number in range(count)}
+    return only(home, files)
+
+
+def only(home: homes.Home, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Makes these the files of the extract."""
+    shutil.rmtree(home.sftp_root / "download/20260101-139029")
+    home.extract(files=dict(files))
+    return files
+
+
+def read_all(home: homes.Home, sftp: sgsync.Sftp, *, ahead: bool) -> dict[str, bytes]:
+    extract = sgsync.newest_extract(sftp, sftp.settings)
+    directory = f"{sftp.settings.download_directory}/{extract.epoch}"
+    found = sftp.read_files(directory, extract.files, ahead=ahead)
+    return {entry.name: b"".join(blocks) for entry, blocks in found}
+
+
+def blocks_of(data: bytes) -> Iterator[bytes]:
+    for begin in range(0, len(data), sgsync.WRITE_BYTES):
+        yield data[begin : begin + sgsync.WRITE_BYTES]
+
+
+def write_all(home: homes.Home, sftp: sgsync.Sftp, files: dict[str, bytes], *, ahead: bool) -> int:
+    uploads = (
+        (f"{sftp.settings.upload_directory}/{name}", blocks_of(data))
+        for name, data in files.items()
+    )
+    return sftp.write_files(uploads, ahead=ahead)
+
+
+def written(home: homes.Home) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((home.sftp_root / "upload").iterdir())}
+
+
+class RawSession(asyncssh.SSHServerSession):
+    """SFTP below asyncssh's own: one packet after another, as type, request number and content."""
+
+    received = b""
+
+    def connection_made(self, channel: asyncssh.SSHServerChannel[bytes]) -> None:
+        self.channel = channel
+
+    def subsystem_requested(self, subsystem: str) -> bool:
+        return subsystem == "sftp"
+
+    def data_received(self, data: bytes, _datatype: object) -> None:
+        self.received += data
+        while len(self.received) >= 9:
+            size, kind, number = struct.unpack_from(">IBI", self.received)
+            if len(self.received) < 4 + size:
+                break
+            content, self.received = self.received[9 : 4 + size], self.received[4 + size :]
+            if kind == 1:
+                self.channel.write(struct.pack(">IBI", 5, 2, 3))
+            else:
+                self.asked(kind, number, content)
+
+    def asked(self, kind: int, number: int, content: bytes) -> None:
+        raise NotImplementedError
+
+
+class Reversing(RawSession):
+    """Files in memory; answers what has come within a few milliseconds, the last request first."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = {f"/x/{name}": bytearray(data) for name, data in files.items()}
+        self.open: dict[bytes, bytearray] = {}
+        self.names: list[str] = []
+        self.most_open = self.most_flying = 0
+        self.flying: list[tuple[int, int, bytes]] = []
+
+    def asked(self, kind: int, number: int, content: bytes) -> None:
+        if not self.flying:
+            asyncio.get_running_loop().call_later(0.002, self.answer)
+        self.flying.append((kind, number, content))
+        self.most_flying = max(self.most_flying, len(self.flying))
+
+    def answer(self) -> None:
+        requests, self.flying = reversed(self.flying), []
+        for request, number, content in requests:
+            kind, body = self.done(request, content)
+            self.channel.write(struct.pack(">IBI", 5 + len(body), kind, number) + body)
+
+    def done(self, kind: int, content: bytes) -> tuple[int, bytes]:
+        size = int.from_bytes(content[:4], "big")
+        text, rest = content[4 : 4 + size], content[4 + size :]
+        if kind == 3:  # OPEN
+            name = text.decode()
+            self.names.append(name.removeprefix("/x/"))
+            if rest[3] & 2:
+                self.files[name] = bytearray()
+            handle = b"handle of " + text
+            self.open[handle] = self.files[name]
+            self.most_open = max(self.most_open, len(self.open))
+            return 102, struct.pack(">I", len(handle)) + handle
+        if kind == 4:  # CLOSE
+            del self.open[text]
+        elif kind == 5:  # READ
+            offset, length = struct.unpack(">QI", rest)
+            if data := bytes(self.open[text][offset : offset + length]):
+                return 103, struct.pack(">I", len(data)) + data
+            return 101, struct.pack(">I", 1)
+        elif kind == 6:  # WRITE
+            (offset,) = struct.unpack_from(">Q", rest)
+            file = self.open[text]
+            file.extend(bytes(max(0, offset - len(file))))
+            file[offset : offset + len(rest) - 12] = rest[12:]
+        elif kind == 17:  # STAT
+            return 105, struct.pack(">IQ", 1, len(self.files[text.decode()]))
+        return 101, struct.pack(">III", 0, 0, 0)
+
+
+@contextlib.contextmanager
+def raw_server(home: homes.Home, handler: Callable[[], RawSession]) -> Iterator[None]:
+    class Server(asyncssh.SSHServer):
+        def session_requested(self) -> RawSession:
+            return handler()
+
+    server = OtherServer(home, server_factory=Server, encoding=None)
+    try:
+        yield
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_transfers_of_many_files_keep_order_and_bounds(home: homes.Home, ahead: bool) -> None:
+    files = many(home, 100 if ahead else 20) | {"big.csv": os.urandom(3_000_000)}
+    entries = [sgsync.RemoteEntry(name, False, True, len(data), 0) for name, data in files.items()]
+    server = Reversing(files)
+
+    def check(opened: int) -> None:
+        # within an answer's time a file may be opened and another one closed
+        assert server.most_open <= (2 * sgsync.SFTP_FILES if ahead else 1)
+        assert server.most_flying <= (sgsync.SFTP_REQUESTS + sgsync.SFTP_FILES if ahead else 1)
+        assert (server.most_flying > 4) is ahead
+        assert not server.open
+        assert sorted(server.names[opened:]) == sorted(files)
+        server.most_open = server.most_flying = 0
+
+    with raw_server(home, lambda: server), session(home) as sftp:
+        found = [
+            (entry.name, b"".join(blocks))
+            for entry, blocks in sftp.read_files("/x", entries, ahead=ahead)
+        ]
+        assert found == list(files.items())
+        check(0)
+        server.files.clear()
+        uploads = ((f"/x/{name}", blocks_of(data)) for name, data in files.items())
+        assert sftp.write_files(uploads, ahead=ahead) == sum(map(len, files.values()))
+        check(len(files))
+        assert {name.removeprefix("/x/"): data for name, data in server.files.items()} == files
+
+
+class Counting(asyncssh.SFTPServer):
+    """Remembers what was read."""
+
+    reads = 0
+    downloaded: list[str]
+
+    def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> object:
+        if b"/download/" in path:
+            self.downloaded.append(path.decode().rpartition("/")[2])
+        return super().open(path, pflags, attrs)
+
+    def read(self, file_obj: object, offset: int, size: int) -> bytes:
+        type(self).reads += 1
+        return super().read(file_obj, offset, size)
+
+
+def test_read_asks_for_no_more_than_fits_into_memory(
+    home: homes.Home, serve: Callable[..., OtherServer]
+) -> None:
+    """Whoever takes the blocks may be slow: what comes meanwhile is bounded."""
+    folder = home.extract(files={"big.csv": b"x" * 20_000_000})
+
+    class Server(Counting):
+        downloaded: list[str] = []  # noqa: RUF012
+
+    serve(Server)
+    entry = sgsync.RemoteEntry("big.csv", False, True, 20_000_000, 0.0)
+    with session(home) as sftp:
+        for _, blocks in sftp.read_files(str(folder), [entry], ahead=True):
+            for number, block in enumerate(blocks, 1):
+                assert (
+                    len(block) == min(sgsync.READ_BYTES, 20_000_000 % sgsync.READ_BYTES or 1)
+                    or number <= 20_000_000 // sgsync.READ_BYTES
+                )
+                assert Server.reads <= number + sgsync.SFTP_REQUESTS
+
+
+def test_transfers_of_many_files_on_openssh(home: homes.Home) -> None:
+    files = many(home)
+    with session(home) as sftp:
+        for ahead in (True, False):
+            assert read_all(home, sftp, ahead=ahead) == files
+            assert write_all(home, sftp, files, ahead=ahead) == sum(map(len, files.values()))
+            assert written(home) == files
+        assert sftp.exists(home.sftp_root.as_posix())  # the session goes on
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_read_asks_again_where_an_answer_is_short(
+    home: homes.Home, serve: Callable[..., OtherServer], ahead: bool
+) -> None:
+    class Short(asyncssh.SFTPServer):
+        def read(self, file_obj: object, offset: int, size: int) -> bytes:
+            return super().read(file_obj, offset, min(size, 9_000))
+
+    files = many(home)
+    serve(Short)
+    with session(home) as sftp:
+        assert read_all(home, sftp, ahead=ahead) == files
+
+
+def test_download_fails_at_the_file_that_the_server_refuses(
+    home: homes.Home, serve: Callable[..., OtherServer]
+) -> None:
+    class Refusing(asyncssh.SFTPServer):
+        def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> object:
+            if path.endswith(b"020.csv"):
+                raise asyncssh.SFTPPermissionDenied("no")
+            return super().open(path, pflags, attrs)
+
+    files = many(home)
+    serve(Refusing)
+    assert home.refused(3) == (
+        f"{downloads(home)}/20260101-139029/020.csv: cannot be downloaded: permission denied\n"
+        "Try: correct the directory in <SFTP>, or ask for access to it"
+    )
+    assert tried_again(home) == 0
+    found = {path.name: path.read_bytes() for path in (home.run / "ia").iterdir()}
+    assert found == {name: files[name] for name in sorted(files)[:20]}
+
+
+def test_download_keeps_what_is_whole_for_the_next_attempt(
+    home: homes.Home, serve: Callable[..., OtherServer]
+) -> None:
+    """Many requests at once, then one at a time, each for what is missing."""
+
+    class Server(Counting):
+        downloaded: list[str] = []  # noqa: RUF012
+        failures = 0
+
+        def read(self, file_obj: Any, offset: int, size: int) -> bytes:
+            if file_obj.name.endswith(b"020.csv") and Server.failures < 2:
+                Server.failures += 1
+                raise asyncssh.SFTPFailure("try later")
+            return super().read(file_obj, offset, size)
+
+    files = only(home, many(home) | {"iep.csv": homes.csv_text(ROWS).encode()})
+    serve(Server)
+    assert home.main() == 0
+    assert tried_again(home) == 1
+    whole = [name for name in Server.downloaded if name <= "019.csv"]
+    assert whole == sorted(files)[:20]
+    found = {path.name: path.read_bytes() for path in (home.run / "ia").iterdir()}
+    assert found == files
+
+
+def test_push_fails_at_the_file_that_the_server_refuses(
+    home: homes.Home, serve: Callable[..., OtherServer]
+) -> None:
+    class Refusing(asyncssh.SFTPServer):
+        def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> object:
+            if path.endswith(b"020.csv"):
+                raise asyncssh.SFTPPermissionDenied("no")
+            return super().open(path, pflags, attrs)
+
+    files = many(home)
+    serve(Refusing)
+    with session(home) as sftp, pytest.raises(sgsync.TransferError) as caught:
+        write_all(home, sftp, files, ahead=True)
+    path = f"{home.sftp_root.as_posix()}/upload/020.csv"
+    assert caught.value.message == f"{where(home)}: {path}: cannot be uploaded: permission denied"
+    assert not caught.value.transient
+    whole = sorted(files)[:20]
+    assert {name: written(home)[name] for name in whole} == {name: files[name] for name in whole}
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        pytest.param(lambda _: bytes(20), "the server's answer is garbled", id="empty"),
+        pytest.param(lambda _: b"\xff" * 40, "the server's answer is garbled", id="huge"),
+        pytest.param(
+            lambda number: struct.pack(">IBIII", 13, 101, number ^ 0x1000, 0, 0),
+            "the server answered what nobody asked",
+            id="stranger",
+        ),
+        pytest.param(
+            lambda number: struct.pack(">IBI", 5, 101, number),
+            "the server's answer is garbled",
+            id="no-code",
+        ),
+        pytest.param(
+            lambda number: struct.pack(">IBI", 5, 105, number),
+            "the server's answer is garbled",
+            id="another-kind",
+        ),
+        pytest.param(
+            lambda number: struct.pack(">IBI", 5, 102, number)[:7], "no answer for 0.5 s", id="cut"
+        ),
+    ],
+)
+def test_transfers_refuse_answers_that_make_no_sense(
+    home: homes.Home, answer: Callable[[int], bytes], reason: str, ahead: bool
+) -> None:
+    """Every request after the greeting is answered with that."""
+
+    class Nonsense(RawSession):
+        def asked(self, _kind: int, number: int, _content: bytes) -> None:
+            self.channel.write(answer(number))
+
+    entries = [sgsync.RemoteEntry(name, False, True, 100, 0.0) for name in ("a.csv", "b.csv")]
+    with raw_server(home, Nonsense), session(home, timeout_seconds=0.5) as sftp:
+        with pytest.raises(sgsync.TransferError) as caught:
+            list(sftp.read_files("/x", entries, ahead=ahead))
+        failure = f"{where(home)}: /x/a.csv: cannot be downloaded: {reason}"
+        assert caught.value.message == failure
+        assert caught.value.transient
+        sftp.connect()
+        with pytest.raises(sgsync.TransferError) as caught:
+            sftp.write_files([("/x/a.csv", iter([b"data"]))], ahead=ahead)
+        assert caught.value.message == failure.replace("downloaded", "uploaded")
+        assert caught.value.transient
+
+
+def test_read_refuses_more_than_it_asked_for(
+    home: homes.Home, serve: Callable[..., OtherServer]
+) -> None:
+    class Generous(asyncssh.SFTPServer):
+        def read(self, _file: object, _offset: int, size: int) -> bytes:
+            return b"x" * (size + 1)
+
+    folder = home.extract(files={"a.csv": "x" * 100})
+    serve(Generous)
+    with session(home) as sftp, pytest.raises(sgsync.TransferError) as caught:
+        read(sftp, f"{folder}/a.csv", 100)
+    assert caught.value.message == (
+        f"{where(home)}: {folder}/a.csv: cannot be downloaded: the server's answer is garbled"
+    )
+
+
+def test_read_gives_up_on_a_server_that_drips(home: homes.Home) -> None:
+    """Each answer is one byte, in time; the block they make up is not."""
+
+    class Dripping(RawSession):
+        def asked(self, kind: int, number: int, _content: bytes) -> None:
+            answer = struct.pack(">IBII", 10, 103, number, 1) + b"x"
+            if kind == 3:
+                answer = struct.pack(">IBII", 10, 102, number, 1) + b"h"
+            asyncio.get_running_loop().call_later(0.1, self.channel.write, answer)
+
+    with (
+        raw_server(home, Dripping),
+        session(home, timeout_seconds=0.5) as sftp,
+        pytest.raises(sgsync.TransferError, match=r"cannot be downloaded: no answer for 0\.5 s"),
+    ):
+        read(sftp, "/x/a.csv", 1000)
+
+
+@pytest.mark.parametrize("at", [1, 20, 150])
+def test_write_many_converts_a_cut_wherever_it_comes(
+    home: homes.Home, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    send, calls = sgsync.SftpWrites._send, []
+
+    def cut_once(writes: sgsync.SftpWrites, file: sgsync.SftpWrites.File) -> None:
+        send(writes, file)
+        calls.append(1)
+        if len(calls) == at:
+            home.sshd.cut()
+
+    monkeypatch.setattr(sgsync.SftpWrites, "_send", cut_once)
+    with session(home) as sftp, pytest.raises(sgsync.TransferError) as caught:
+        write_all(home, sftp, many(home, 200), ahead=True)
+    assert caught.value.transient
+    assert "cannot be uploaded: " in caught.value.message
+
+
+def test_transfers_survive_new_keys_in_the_middle(
+    home: homes.Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSH changes its keys every so many bytes."""
+    monkeypatch.setattr(paramiko.packet.Packetizer, "REKEY_BYTES", 1 << 20)
+    files = only(home, {f"{number}.csv": os.urandom(4_000_000) for number in range(3)})
+    with session(home) as sftp:
+        assert read_all(home, sftp, ahead=True) == files
+        write_all(home, sftp, files, ahead=True)
+    assert written(home) == files
+
+
+def test_connect_asks_for_the_fastest_cipher(home: homes.Home) -> None:
+    with session(home) as sftp:
+        assert sftp._transport is not None
+        assert sftp._transport.remote_cipher == "aes128-gcm@openssh.com"
+
+
 # ------------------------------------------------------------------ push
 
 
@@ -920,7 +1329,8 @@ def test_push_marks_complete_last(home: homes.Home, monkeypatch: pytest.MonkeyPa
     assert local.pop(log).startswith(seen[0].pop(log))
     assert [local] == seen
     assert sorted(local) == [
-        "diff/iep.csv", "ia/iep.csv", "ic/iep.csv", "open_records.csv", "summary.json",
+        "diff/iep.csv", "ia/iep.csv", "ic/iep.csv", "manifest.json", "open_records.csv",
+        "report.html", "summary.json",
     ]  # fmt: skip
     assert home.pushed().keys() == local.keys() | {"COMPLETE", log}
 

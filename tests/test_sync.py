@@ -68,8 +68,8 @@ def test_sync_pushes_what_it_keeps(home: homes.Home) -> None:
     assert home.main() == 0
     pushed = home.pushed()
     assert sorted(pushed) == [
-        "COMPLETE", "diff/iep.csv", "ia/iep.csv", "ic/iep.csv", "open_records.csv",
-        "sgi_log.txt", "summary.json",
+        "COMPLETE", "diff/iep.csv", "ia/iep.csv", "ic/iep.csv", "manifest.json",
+        "open_records.csv", "report.html", "sgi_log.txt", "summary.json",
     ]  # fmt: skip
     log = pushed.pop("sgi_log.txt")  # the log goes on while it is pushed
     assert (home.run / "sgi_log.txt").read_bytes().startswith(log)
@@ -98,8 +98,8 @@ def test_sync_dry_run_writes_nothing(home: homes.Home) -> None:
     assert not list((home.sftp_root / "upload").iterdir())
     left = sorted(path.relative_to(home.run).as_posix() for path in home.run.rglob("*"))
     assert left == [
-        "diff", "diff/iep.csv", "ia", "ia/iep.csv", "ic", "ic/iep.csv", "sgi_log.txt",
-        "summary.json",
+        "diff", "diff/iep.csv", "ia", "ia/iep.csv", "ic", "ic/iep.csv", "manifest.json",
+        "report.html", "sgi_log.txt", "summary.json",
     ]  # fmt: skip
     assert home.summary["outcome"] == "dry run"
     assert home.summary["message"] == (
@@ -243,8 +243,7 @@ BAD_SOURCES: dict[str, tuple[str | bytes, str]] = {
     ),
     "no header": (
         GOOD.split("\r\n", 1)[1],
-        COLUMNS + "none of studentNumber, startDate, status, manager; perhaps its header is "
-        "missing",
+        COLUMNS + "none of studentNumber, startDate, status, manager; its header may be missing",
     ),
     "truncated": (
         GOOD[: GOOD.index("Ana")],
@@ -394,4 +393,6 @@ def test_sync_refuses_a_bad_config_before_it_connects(
     assert told.startswith("config.xml:")
     assert message in told
     assert "\nTry: " in told
-    assert sorted(path.name for path in differing.run.iterdir()) == ["sgi_log.txt", "summary.json"]
+    assert sorted(path.name for path in differing.run.iterdir()) == [
+        "manifest.json", "report.html", "sgi_log.txt", "summary.json",
+    ]  # fmt: skip

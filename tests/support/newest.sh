@@ -12,7 +12,8 @@
 set -eu
 
 CA=/etc/ssl/certs/ca-certificates.crt
-WANTED="-r requirements.txt -c tests/requirements.txt pytest pytest-timeout hypothesis"
+WANTED="-r requirements.txt -c tests/requirements.txt"
+WANTED="$WANTED pytest pytest-timeout hypothesis asyncssh keyring sqlglot"
 
 skip() {
     echo "**********************************************************************" >&2

@@ -210,7 +210,7 @@ class Sshd(Server):
 
     host, port, username: where and as whom to log in
     root: the folder for files; SFTP paths are absolute, such as f"{sshd.root}/download"
-    keys: private key files: "rsa", "ecdsa", "ed25519", "rsa_pem" (the old PEM form),
+    keys: private key files: "rsa", "ecdsa", "ed25519", "rsa_pem" (the old PEM format),
         "encrypted" (opened by `passphrase`), "stranger" (a good key that sshd does not accept)
     known_hosts: text for a known_hosts file, its three host keys as "[host]:port type key"
     other_known_hosts: the same lines with another server's keys: what a changed host looks like
