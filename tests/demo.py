@@ -103,6 +103,7 @@ class SftpServer:
         self.root, self.port = root, 0
         self._host_key = asyncssh.generate_private_key("ssh-ed25519")
         self._client_key = asyncssh.generate_private_key("ssh-ed25519", comment=DISTRICT)
+        self._connections: list[asyncssh.SSHServerConnection] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -114,9 +115,10 @@ class SftpServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._loop.call_soon_threadsafe(self._acceptor.close)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
 
     def make_keys(self, folder: Path) -> None:
         """The private key, its public half, and the host key as known_hosts wants it."""
@@ -128,11 +130,23 @@ class SftpServer:
         public = self._host_key.export_public_key().decode("ascii")
         (folder / "known_hosts").write_text(f"[{self.host}]:{self.port} {public}", encoding="ascii")
 
+    async def _end(self) -> None:
+        self._acceptor.close()
+        for connection in self._connections:
+            connection.abort()
+            await connection.wait_closed()
+
     async def _listen(self) -> asyncssh.SSHAcceptor:
-        root = os.fsencode(self.root)
+        root, connections = os.fsencode(self.root), self._connections
+
+        class Login(asyncssh.SSHServer):
+            def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+                connections.append(conn)
+
         return await asyncssh.listen(
             self.host,
             0,
+            server_factory=Login,
             server_host_keys=[self._host_key],
             authorized_client_keys=asyncssh.import_authorized_keys(
                 self._client_key.export_public_key().decode("ascii")

@@ -105,11 +105,19 @@ class OtherServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+        self._connections = connections = []
+
+        class Login(options.pop("server_factory", asyncssh.SSHServer)):
+            def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+                connections.append(conn)
+                super().connection_made(conn)
+
         key = asyncssh.generate_private_key("ssh-ed25519")
         public = Path(f"{home.sshd.keys['ed25519']}.pub").read_text()
         listening = asyncssh.listen(
             servers.HOST,
             0,
+            server_factory=Login,
             server_host_keys=[key],
             authorized_client_keys=asyncssh.import_authorized_keys(public),
             **options,
@@ -126,6 +134,9 @@ class OtherServer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for connection in self._connections:  # or the garbage collector complains of its socket
+                connection.abort()
+                await connection.wait_closed()
 
         self._wait(cancel())
         self._loop.call_soon_threadsafe(self._loop.stop)

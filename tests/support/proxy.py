@@ -203,7 +203,10 @@ class _Link:
     def _stand_still(self) -> None:
         """Read nothing more, so that the sender's buffers fill up; until the client is gone."""
         watch = select.poll()
-        watch.register(self._client, select.POLLRDHUP)
+        try:
+            watch.register(self._client, select.POLLRDHUP)
+        except ValueError:  # the other direction has closed it
+            return
         while not self._gone.is_set():
             if watch.poll(200):
                 self.cut()
