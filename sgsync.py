@@ -2629,8 +2629,9 @@ class FileSummary:
 
     @property
     def rows_left(self) -> int:
-        """How many rows the run left in the database."""
-        return max(0, self.target_rows + self.insert.applied - self.delete.applied)
+        """How many rows the run left in the database, at least."""
+        changed = self.insert.applied - self.delete.applied - self.not_converged
+        return max(0, self.target_rows + changed)
 
     def tally(self, operation: str) -> Tally:
         return cast("Tally", getattr(self, operation))

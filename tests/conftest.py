@@ -126,6 +126,12 @@ def database(request: pytest.FixtureRequest) -> servers.Database:
 # ------------------------------------------------------------------ homes
 
 
+@pytest.fixture(autouse=True)
+def own_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test keeps secret, another may say."""
+    monkeypatch.setattr(sgsync, "_SECRETS", set())
+
+
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried again at once."""

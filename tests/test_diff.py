@@ -644,7 +644,7 @@ def test_format_differences_are_told_of_the_first_updates(files: tuple[Path, Pat
     assert compare(*files, "id")[1].format_differences == [
         f"iep.csv: {count:,} of the first {count:,} updates differ only in format: column n, "
         "number format, as in id=10000: '9.9' in the database, '9.99' from SameGoal; "
-        'ignoreNumberForm="true" on this <SQLDiff> would fix this'
+        'ignoreNumberFormat="true" on this <SQLDiff> would fix this'
     ]
 
 
@@ -653,7 +653,7 @@ def test_diff_ignores_formats_in_every_update_and_in_nothing_else(
 ) -> None:
     write(files[0], "id,n,m", *(f"{n},A,1.0" for n in range(1000, 9000)), "9000,A,2", "9001,,")
     write(files[1], "id,n,m", *(f"{n},a,1.00" for n in range(1000, 9000)), "9000,a,3", "9002,,")
-    changes, counts = compare(*files, "id", ignore_case=True, ignore_number_form=True)
+    changes, counts = compare(*files, "id", ignore_case=True, ignore_number_format=True)
     assert changes[1:] == [
         ["update", "9000", "a", "3", "9000", "A", "2"],
         ["insert", "", "", "", "9001", "", ""],

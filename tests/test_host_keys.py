@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import getpass
 import hashlib
 import os
 import shlex
@@ -248,7 +249,7 @@ def test_connect_names_the_hosts_that_are_pinned(
     home.known_hosts("".join(line(name, keys[0]) for name in names))
     error = connection_error(home, host="sftp.samegaol.com", port=22, where="config.xml:3")
     shown = ", ".join(names[:10])
-    pin = sgsync.command_line(["trust", "--home", str(home.path)])
+    pin = sgsync.own_command("trust", "--home", str(home.path))
     assert str(error) == (
         f"{home.path}/ssh/known_hosts: has no host key for sftp.samegaol.com, only for {shown} "
         "and 2 more\n"
@@ -268,21 +269,21 @@ def test_trust_needs_no_home_where_it_is_the_scripts(
 ) -> None:
     monkeypatch.setattr(sgsync, "default_home", lambda: home.path)
     (home.path / "ssh/known_hosts").unlink()
-    assert connection_error(home).remedy == (
-        f"pin the server's key: {sgsync.command_line(['trust'])}"
-    )
+    assert connection_error(home).remedy == (f"pin the server's key: {sgsync.own_command('trust')}")
 
 
 def test_command_line_survives_a_shell(tmp_path: Path) -> None:
     words = ["-c", "import sys; print(sys.argv[1:])", "it's", 'say "hi"', "two words", "$HOME"]
-    command = sgsync.command_line(words, [sys.executable])
+    command = sgsync.command_line([sys.executable, *words])
     done = subprocess.run(
         command, shell=os.name != "nt", capture_output=True, text=True, check=True
     )
     assert done.stdout == f"{words[2:]}\n"
-    own = sgsync.command_line(["trust", "--home", "/a b"])
+    own = sgsync.own_command("trust", "--home", "/a b")
     if os.name != "nt":
-        assert shlex.split(own) == [sys.executable, str(homes.SCRIPT), "trust", "--home", "/a b"]
+        trust = [sys.executable, str(homes.SCRIPT), "trust", "--home", "/a b"]
+        account = ["sudo", "-u", getpass.getuser()] if os.geteuid() else []
+        assert shlex.split(own) == [*account, *trust]
 
 
 # ------------------------------------------------------------------ private keys
@@ -325,8 +326,8 @@ def test_the_remedy_for_a_missing_key_works_from_anywhere(home: homes.Home, tmp_
         return caught.value.remedy
 
     made = (
-        f"make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -f '{folder}/id_rsa'; "
-        "then give the public key, the file with .pub, to SameGoal"
+        "make a key pair without a passphrase: ssh-keygen -t rsa -b 4096 -N '' -f "
+        f"'{folder}/id_rsa'; then give the public key, the file with .pub, to SameGoal"
     )
     assert command() == f"create the folder {folder}; {made}"
     folder.mkdir()
@@ -347,7 +348,7 @@ def test_the_remedy_for_a_missing_key_names_the_account(home: homes.Home) -> Non
     os.chown(home.path / "ssh", other.pw_uid, other.pw_gid)
     with pytest.raises(sgsync.ConfigError) as caught:
         sgsync.load_private_key(settings_of(home), home.path)
-    assert f": sudo -u nobody ssh-keygen -t rsa -b 4096 -f {home.path}/ssh/id_rsa; " in (
+    assert f": sudo -u nobody ssh-keygen -t rsa -b 4096 -N '' -f {home.path}/ssh/id_rsa; " in (
         caught.value.remedy
     )
 

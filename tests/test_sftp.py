@@ -73,6 +73,10 @@ def read(sftp: sgsync.Sftp, path: str, size: int, *, ahead: bool = True) -> byte
     return found[0]
 
 
+def place(home: homes.Home) -> str:
+    return f"config.xml:{home.line('<SFTP')}"
+
+
 def trust(home: homes.Home, *words: str) -> str:
     """The command that pins the key of the home's server."""
     command = [sys.executable, str(homes.SCRIPT), "trust", *words, "--home", str(home.path)]
@@ -339,7 +343,8 @@ def test_connect_refuses_an_unknown_host(home: homes.Home, text: str) -> None:
     assert home.refused(3) == (
         f"{home.path}/ssh/known_hosts: has no host key for [127.0.0.1]:{home.sshd.port}, only for "
         "127.0.0.1, [127.0.0.1]:1\n"
-        f"Try: check host= in <SFTP>; if it is right, pin the server's key: {trust(home)}"
+        f"Try: check host= in <SFTP> ({place(home)}); if it is right, pin the server's key: "
+        f"{trust(home)}"
     )
 
 
@@ -596,7 +601,7 @@ def test_download_wants_its_directory(home: homes.Home) -> None:
     shutil.rmtree(home.sftp_root / "download")
     assert home.refused(3) == (
         f"{downloads(home)}: cannot be listed: it does not exist\n"
-        "Try: correct the directory in <SFTP>, or ask for access to it"
+        f"Try: correct the directory in <SFTP> ({place(home)}), or ask for access to it"
     )
     assert tried_again(home) == 0
 
@@ -734,7 +739,7 @@ def test_listing_has_a_bound(home: homes.Home, monkeypatch: pytest.MonkeyPatch) 
         (home.sftp_root / "download" / str(number)).mkdir()
     assert home.refused(3) == (
         f"{downloads(home)}: has more than 3 entries\n"
-        "Try: clean up that directory, or correct the directory in <SFTP>"
+        f"Try: clean up that directory, or correct the directory in <SFTP> ({place(home)})"
     )
 
 
@@ -1143,7 +1148,7 @@ def test_download_fails_at_the_file_that_the_server_refuses(
     serve(Refusing)
     assert home.refused(3) == (
         f"{downloads(home)}/20260101-139029/020.csv: cannot be downloaded: permission denied\n"
-        "Try: correct the directory in <SFTP>, or ask for access to it"
+        f"Try: correct the directory in <SFTP> ({place(home)}), or ask for access to it"
     )
     assert tried_again(home) == 0
     found = {path.name: path.read_bytes() for path in (home.run / "ia").iterdir()}
@@ -1467,7 +1472,7 @@ def test_push_tells_that_its_directory_is_gone(
     monkeypatch.setattr(sgsync, "run_statements", remove_first)
     assert home.failed(3) == (
         f"{uploads(home)}: cannot be created: it does not exist{DONE}\n"
-        "Try: correct the directory in <SFTP>, or ask for access to it"
+        f"Try: correct the directory in <SFTP> ({place(home)}), or ask for access to it"
     )
     assert tried_again(home) == 0
 
@@ -1484,7 +1489,7 @@ def test_push_tells_that_it_may_not_write(
     serve(OwnNamesOnly)
     assert home.failed(3) == (
         f"{uploads(home)}: cannot be created: permission denied{DONE}\n"
-        "Try: correct the directory in <SFTP>, or ask for access to it"
+        f"Try: correct the directory in <SFTP> ({place(home)}), or ask for access to it"
     )
     assert tried_again(home) == 0
     assert home.sis_rows() == ROWS
@@ -1501,7 +1506,7 @@ def test_push_learns_before_anything_is_written_that_it_may_not_write(
     assert home.refused(3) == (
         f"{where(home)}: {home.sftp_root.as_posix()}/upload: cannot be written to: permission "
         "denied\n"
-        "Try: correct the directory in <SFTP>, or ask for access to it"
+        f"Try: correct the directory in <SFTP> ({place(home)}), or ask for access to it"
     )
     assert tried_again(home) == 0
 

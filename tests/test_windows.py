@@ -123,6 +123,13 @@ with sgsync.open_run(options) as run, sgsync.only_run(run, "sync"):
 def test_main_refuses_a_second_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Which gets an epoch of its own, be it in the same second."""
     program = HOLD.format(folder=str(homes.SCRIPT.parent), home=str(tmp_path))
+    values = dict.fromkeys(
+        ("sftp", "database", "limits", "history", "diff", "more", "upload", "root"), ""
+    )
+    config = homes.CONFIG.format(
+        host="h", port=22, username="u", connection="x", query="x", calls="", **values
+    )
+    (tmp_path / "config.xml").write_text(config, encoding="utf-8")
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
@@ -138,7 +145,8 @@ def test_main_refuses_a_second_run(tmp_path: Path, capsys: pytest.CaptureFixture
         )
         holder.communicate("")
     assert holder.returncode == 0
-    assert sgsync.main(["--home", str(tmp_path)]) == 2  # The lock is free; there is no config.xml.
+    (tmp_path / "config.xml").unlink()
+    assert sgsync.main(["--home", str(tmp_path)]) == 2  # The lock is free.
     runs = [path for path in (tmp_path / "history").iterdir() if path.is_dir()]
     assert len(runs) == 3
     assert all(sgsync.EPOCH.fullmatch(path.name) for path in runs)

@@ -236,7 +236,8 @@ DOUBLED = " UNION ALL ".join(
     + ["SELECT count(*) FROM (SELECT * FROM effects EXCEPT ALL SELECT * FROM effects_goal) x"]
 )
 LEFT_BY_A_RUN = {
-    "COMPLETE", "summary.json", "sgi_log.txt", "open_records.csv", "ia/other.csv",
+    "COMPLETE", "summary.json", "sgi_log.txt", "manifest.json", "report.html",
+    "open_records.csv", "ia/other.csv",
     *(f"{side}/{table}.csv" for side in ("ia", "ic", "diff") for table in TABLES),
 }  # fmt: skip
 LEFT_AFTER_CHANGES = {f"verify/{side}/{table}.csv" for side in ("ic", "diff") for table in TABLES}
@@ -445,6 +446,6 @@ class SchoolWorld(World):
 
     def strange(self) -> list[str]:
         run = max((self.path / "history/schoolinks").glob("2*"))
-        wanted = {"COMPLETE", "summary.json", "sgi_log.txt", *SCHOOL_FILES}
+        wanted = {"COMPLETE", "summary.json", "sgi_log.txt", "manifest.json", *SCHOOL_FILES}
         found = {path.name for path in run.iterdir()}
         return [f"history/schoolinks/{run.name}/{name}" for name in sorted(found ^ wanted)]
