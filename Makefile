@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_PACKAGES := unixodbc libsqliteodbc
-TEST_PACKAGES := $(DEMO_PACKAGES) openssh-server postgresql odbc-postgresql sudo
+TEST_PACKAGES := $(DEMO_PACKAGES) openssh-server postgresql odbc-postgresql sudo systemd
 CACHE ?= /var/cache/sgsync-ci
 
 .DELETE_ON_ERROR:

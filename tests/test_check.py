@@ -222,10 +222,10 @@ def test_check_tells_of_a_login_without_rights(
     home: homes.Home, checked: Check, postgres_server: servers.Postgres
 ) -> None:
     user = servers.fresh_name()
-    home.database.execute(f"CREATE ROLE {user} LOGIN PASSWORD 'secret'")
+    home.database.execute(f"CREATE ROLE {user} LOGIN PASSWORD 'Mellon-9'")
     home.database.execute("REVOKE EXECUTE ON PROCEDURE sg_iep_delete FROM PUBLIC")
     text = home.values["connection"].replace(f"UID={postgres_server.username};", f"UID={user};")
-    home.configure(connection=text.replace(f"PWD={postgres_server.password};", "PWD=secret;"))
+    home.configure(connection=text.replace(f"PWD={postgres_server.password};", "PWD=Mellon-9;"))
     try:
         found = checked(home.path)
         assert found.code == 4

@@ -204,13 +204,13 @@ def test_catalog_finds_a_missing_right(
     postgres: servers.Database, postgres_server: servers.Postgres
 ) -> None:
     user = servers.fresh_name()
-    postgres.execute(f"CREATE ROLE {user} LOGIN PASSWORD 'secret'")
+    postgres.execute(f"CREATE ROLE {user} LOGIN PASSWORD 'Mellon-9'")
     postgres.execute(
         "CREATE PROCEDURE p(a text) LANGUAGE sql AS 'SELECT 1';"
         "REVOKE EXECUTE ON PROCEDURE p FROM PUBLIC"
     )
     text = postgres.connection_string.replace(f"UID={postgres_server.username};", f"UID={user};")
-    text = text.replace(f"PWD={postgres_server.password};", "PWD=secret;")
+    text = text.replace(f"PWD={postgres_server.password};", "PWD=Mellon-9;")
     try:
         with sgsync.Database(sgsync.DatabaseSettings(connection_string=text)) as database:
             database.connect()
